@@ -1,0 +1,82 @@
+"""The error tree. Every error names the remedy; the CLI prints both and exits with `exit_code`.
+
+UpshiftError                 1   anything upshift itself refuses or cannot do
+├── UsageError               2   a wrong command line, a missing script
+├── PlanError                3   a plan that cannot be read, or is from another version
+├── NoTrainingError          4   the script ran, but no training step was seen
+├── ScriptFailedError        5   the script crashed or ended before enough was seen
+├── EnvironmentError_        6   disk full, read-only folder, missing compiler
+├── NotIsolatedError         7   a trial could not be kept away from the user's files
+└── MissingExtraError        8   an optional package is not installed
+
+`run` passes the script's own exit code through. 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+
+class UpshiftError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what happened, one sentence.
+        remedy: what the person can do about it, one sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+
+class UsageError(UpshiftError):
+    """A wrong command line: no such script, an option in the wrong place."""
+
+    exit_code = 2
+
+
+class PlanError(UpshiftError):
+    """A plan that is not TOML, has an unknown key, type or technique, or another schema version."""
+
+    exit_code = 3
+
+
+class NoTrainingError(UpshiftError):
+    """The script ran but no training step (a backward pass and an optimizer step) was seen."""
+
+    exit_code = 4
+
+
+class ScriptFailedError(UpshiftError):
+    """The script crashed, hung or ended before enough was seen."""
+
+    exit_code = 5
+
+
+class EnvironmentError_(UpshiftError):
+    """The machine stands in the way: full disk, read-only folder, missing compiler."""
+
+    exit_code = 6
+
+
+class NotIsolatedError(UpshiftError):
+    """A trial could not be kept away from the user's files."""
+
+    exit_code = 7
+
+
+class MissingExtraError(UpshiftError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 8
+
+
+class RecordError(UpshiftError):
+    """A record (run, measurement, trial) that cannot be read."""
+
+    exit_code = 3

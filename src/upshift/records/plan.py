@@ -1,0 +1,82 @@
+"""The plan: the techniques kept, their settings, the evidence for each. Read, edited and committed by people."""
+
+from __future__ import annotations
+
+from upshift.records.quantity import Record
+from upshift.records.trial import Proof
+
+SCHEMA = 1
+
+Setting = bool | int | float | str
+
+
+class Kept(Record, frozen=True):
+    """A technique in the plan. `speedup` is stock time / planned time with its one-sided 99 % interval.
+
+    `attribution` is the factor lost when this technique alone is taken out of the plan (leave-one-out).
+    """
+
+    name: str
+    settings: dict[str, Setting] = {}
+    numerics: str = "rounding"
+    speedup: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+    attribution: float | None = None
+    attribution_low: float | None = None
+    attribution_high: float | None = None
+    one_off_seconds: float = 0.0
+    note: str = ""
+
+
+class Rejected(Record, frozen=True):
+    """A technique that was not kept, and why."""
+
+    name: str
+    reason: str
+    settings: dict[str, Setting] = {}
+    speedup: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Fingerprint(Record, frozen=True):
+    """What the plan was measured on. A mismatch makes the plan stale."""
+
+    script: str
+    sources: str
+    """SHA-256 over the script and the modules beside it that it imported."""
+    arguments: str
+    device: str
+    versions: str
+    settings: str
+    """SHA-256 over the techniques and settings: an edited plan was not measured."""
+
+
+class Plan(Record, frozen=True):
+    """The winning plan for one script on one device."""
+
+    script: str
+    arguments: tuple[str, ...]
+    created: str
+    device: str
+    verdict: str
+    fingerprint: Fingerprint
+    speedup: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+    break_even_steps: float | None = None
+    one_off_seconds: float = 0.0
+    search_seconds: float = 0.0
+    step_seconds: float | None = None
+    proof: Proof | None = None
+    kept: tuple[Kept, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    schema: int = SCHEMA
+
+    @property
+    def techniques(self) -> dict[str, dict[str, Setting]]:
+        """Technique name -> settings, in the order in which they are applied."""
+        return {item.name: dict(item.settings) for item in self.kept}

@@ -1,0 +1,52 @@
+"""One training run: the fold of its append-only log."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from upshift.records.quantity import Record
+
+
+class Window(Record, frozen=True):
+    """Steps [first, first + n) summed: seconds per phase, and the losses seen (None: no loss read)."""
+
+    first: int
+    n: int
+    at: float
+    """Seconds since the run started, at the end of the window."""
+    seconds: float
+    phases: dict[str, float] = {}
+    loss: float | None = None
+    last_loss: float | None = None
+    evaluation: float = 0.0
+    checkpoint: float = 0.0
+
+
+class Event(Record, frozen=True):
+    """Something worth a line: a technique applied, one taken off, a guard that fired."""
+
+    at: float
+    kind: str
+    text: str
+
+
+class Run(Record, frozen=True):
+    """A run of a script, with or without a plan."""
+
+    id: str
+    script: str
+    arguments: tuple[str, ...]
+    started: str
+    status: Literal["running", "finished", "failed", "interrupted", "unknown"]
+    exit_code: int | None = None
+    seconds: float | None = None
+    plan: str = ""
+    techniques: dict[str, dict[str, bool | int | float | str]] = {}
+    steps: int = 0
+    windows: tuple[Window, ...] = ()
+    events: tuple[Event, ...] = ()
+    environment: dict[str, str] = {}
+    guard_fired: bool = False
+    torn_lines: int = 0
+    """Lines of the log that could not be read (a last line torn by a kill)."""
+    schema: int = 1

@@ -1,0 +1,120 @@
+"""What was tried, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from upshift.records.finding import Finding
+from upshift.records.measurement import Measurement
+from upshift.records.quantity import Record
+
+Rung = Literal["none", "update", "trajectory", "metric", "bitwise"]
+Outcome = Literal["faster", "slower", "no change", "failed", "not applicable", "not shown", "not tried"]
+
+#: Rungs of the proof in order of strength.
+RUNGS: tuple[Rung, ...] = ("none", "update", "trajectory", "metric")
+
+
+class TrialSpec(Record, frozen=True):
+    """What to run: arms as technique -> settings; the first arm is the reference."""
+
+    script: str
+    arguments: tuple[str, ...]
+    arms: tuple[dict[str, dict[str, bool | int | float | str]], ...]
+    method: Literal["screen", "confirm", "sequential"]
+    seconds: float
+    steps: int = 0
+    seed: int = 0
+    module: bool = False
+
+
+class Pairing(Record, frozen=True):
+    """Two arms timed in alternation. `ratio` = reference step time / candidate step time (> 1 is faster).
+
+    `low`/`high` are one-sided bounds at `level` each; `quads` is the number of ABBA blocks they rest on.
+    `smallest` is the smallest gain (as a ratio - 1) this pairing could have told from noise.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    quads: int
+    level: float = 0.99
+    reference_step: float = 0.0
+    candidate_step: float = 0.0
+    smallest: float | None = None
+    method: str = ""
+
+
+class UpdateCheck(Record, frozen=True):
+    """Parameter updates of one step in both arms (rung 1)."""
+
+    step: int
+    cosine: float
+    norm_ratio: float
+    relative_error: float
+    noise: float | None
+    """The same distance between the updates of two different mini-batches of the reference arm."""
+    worst: str = ""
+    worst_cosine: float = 1.0
+    passed: bool = False
+
+
+class Proof(Record, frozen=True):
+    """What was shown about quality: the rung reached, and how fine the evidence is.
+
+    `lag` is how many more steps (fraction) the candidate needs for the same loss; `lag_high` its one-sided
+    upper bound; `smallest_lag` the smallest lag these steps could have shown. `steps` is the horizon.
+    """
+
+    rung: Rung
+    passed: bool
+    reason: str
+    steps: int = 0
+    lag: float | None = None
+    lag_high: float | None = None
+    smallest_lag: float | None = None
+    updates: tuple[UpdateCheck, ...] = ()
+    bitwise: bool | None = None
+    weaker: str = ""
+    """Why the proof is weaker than usual (flat loss, two optimizers), empty where it is not."""
+    stock_losses: tuple[float, ...] = ()
+    planned_losses: tuple[float, ...] = ()
+
+
+class Trial(Record, frozen=True):
+    """One candidate against one reference."""
+
+    name: str
+    candidate: dict[str, dict[str, bool | int | float | str]]
+    reference: dict[str, dict[str, bool | int | float | str]]
+    outcome: Outcome
+    reason: str
+    stage: Literal["check", "screen", "confirm", "attribution"]
+    pairing: Pairing | None = None
+    proof: Proof | None = None
+    seconds: float = 0.0
+    one_off_seconds: float = 0.0
+    failure: str = ""
+
+
+class TuneReport(Record, frozen=True):
+    """Everything a search saw and decided, so that it can be drawn again without running anything."""
+
+    script: str
+    arguments: tuple[str, ...]
+    created: str
+    measurement: Measurement
+    findings: tuple[Finding, ...]
+    trials: tuple[Trial, ...]
+    verdict: str
+    plan_file: str
+    kept: tuple[str, ...]
+    seconds: float
+    budget: float
+    forecast: str = ""
+    isolation: str = ""
+    interrupted: bool = False
+    final: Pairing | None = None
+    proof: Proof | None = None
+    schema: int = 1

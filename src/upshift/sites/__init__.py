@@ -1,0 +1,27 @@
+"""Sites: the moments in any training that a technique can act on. Raised alike by every adapter."""
+
+from upshift.sites.moments import (
+    LoaderArgs,
+    LoaderReady,
+    ModelSeen,
+    Moment,
+    OptimizerSeen,
+    ProcessEnv,
+    ProcessStart,
+)
+from upshift.sites.protocol import (
+    Applied,
+    Card,
+    ForwardApplied,
+    NoEffect,
+    Numerics,
+    StepApplied,
+    Technique,
+    Verdict,
+)
+from upshift.sites.stage import Stage
+
+__all__ = [
+    "Applied", "Card", "ForwardApplied", "LoaderArgs", "LoaderReady", "ModelSeen", "Moment", "NoEffect",
+    "Numerics", "OptimizerSeen", "ProcessEnv", "ProcessStart", "Stage", "StepApplied", "Technique", "Verdict",
+]  # fmt: skip

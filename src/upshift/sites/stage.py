@@ -1,0 +1,152 @@
+"""Holds the techniques of one process: raises sites, binds what acts, switches and removes it.
+
+Both adapters (the hook for scripts, the engine for jobs) use this one class, so a technique cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from upshift.records.plan import Setting
+from upshift.sites.moments import ModelSeen, Moment, OptimizerSeen
+from upshift.sites.protocol import Applied, ForwardApplied, NoEffect, StepApplied, Technique
+
+if TYPE_CHECKING:
+    import torch
+
+#: What the adapter is told: kind (`applied`, `no effect`, `failed`, `off`), technique, text.
+Say = Callable[[str, str, str], None]
+
+
+class Stage:
+    """The techniques in effect in this process.
+
+    A technique that raises while being applied is taken off and said so; training goes on without it.
+    `forward_for` and `steps_for` are what the hot path reads: tuples, rebuilt only when something changes.
+    """
+
+    def __init__(self, entries: Iterable[tuple[Technique, dict[str, Setting]]], say: Say) -> None:
+        self._entries = {technique.card.name: (technique, settings) for technique, settings in entries}
+        self._say = say
+        self._applied: dict[str, list[Applied]] = {}
+        self._off: set[str] = set()
+        self._quiet: set[str] = set()
+        self._forward: dict[int, list[tuple[str, ForwardApplied]]] = {}
+        self._step: dict[int, list[tuple[str, StepApplied]]] = {}
+        self._alive: dict[int, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Techniques asked for and not removed."""
+        return tuple(self._entries)
+
+    @property
+    def acted(self) -> tuple[str, ...]:
+        """Techniques that really act on something now."""
+        return tuple(name for name, items in self._applied.items() if items)
+
+    def raise_site(self, moment: Moment) -> None:
+        """Offer a moment to every technique whose card names its site."""
+        for name, (technique, settings) in list(self._entries.items()):
+            if moment.site not in technique.card.sites:
+                continue
+            try:
+                outcome = technique.at(moment, settings)
+            except Exception as error:
+                self.remove(name, f"{type(error).__name__}: {error}")
+                continue
+            if outcome is None:
+                continue
+            if isinstance(outcome, NoEffect):
+                if name not in self._quiet:
+                    self._quiet.add(name)
+                    self._say("no effect", name, outcome.reason)
+                continue
+            self._bind(name, moment, outcome)
+
+    def _bind(self, name: str, moment: Moment, applied: Applied) -> None:
+        first = name not in self._applied
+        self._applied.setdefault(name, []).append(applied)
+        if isinstance(moment, ModelSeen) and isinstance(applied, ForwardApplied):
+            self._keep(moment.module, self._forward)
+            self._forward.setdefault(id(moment.module), []).append((name, applied))
+        if isinstance(moment, OptimizerSeen) and isinstance(applied, StepApplied):
+            self._keep(moment.optimizer, self._step)
+            self._step.setdefault(id(moment.optimizer), []).append((name, applied))
+        if name in self._off:
+            applied.switch(False)
+        if first and applied.note:
+            self._say("applied", name, applied.note)
+
+    def _keep(self, owner: Any, table: dict[int, Any]) -> None:
+        """Forget what is bound to `owner` when it dies, since ids are used again."""
+        key = id(owner)
+        if key not in self._alive:
+
+            def forget(_: Any, key: int = key) -> None:
+                self._alive.pop(key, None)
+                table.pop(key, None)
+
+            self._alive[key] = weakref.ref(owner, forget)
+
+    def forward_for(self, module: torch.nn.Module) -> tuple[tuple[str, ForwardApplied], ...]:
+        """What acts around calls of this root module, outermost first."""
+        return tuple(item for item in self._forward.get(id(module), ()) if item[0] not in self._off)
+
+    def steps_for(self, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, StepApplied], ...]:
+        """What acts before steps of this optimizer."""
+        return tuple(item for item in self._step.get(id(optimizer), ()) if item[0] not in self._off)
+
+    def switch(self, on: Iterable[str]) -> bool:
+        """Let exactly the techniques named be in effect (live ones only). Returns whether anything changed."""
+        wanted = set(on)
+        changed = False
+        for name in self._entries:
+            off = name not in wanted
+            if off == (name in self._off):
+                continue
+            changed = True
+            (self._off.add if off else self._off.discard)(name)
+            for applied in self._applied.get(name, ()):
+                applied.switch(not off)
+        return changed
+
+    def remove(self, name: str, reason: str) -> None:
+        """Take a technique off for good and restore what it changed."""
+        if self._entries.pop(name, None) is None:
+            return
+        for key, around in list(self._forward.items()):
+            self._forward[key] = [item for item in around if item[0] != name]
+        for key, before in list(self._step.items()):
+            self._step[key] = [item for item in before if item[0] != name]
+        for applied in reversed(self._applied.pop(name, [])):
+            try:
+                applied.close()
+            except Exception as error:
+                self._say("failed", name, f"could not be undone: {type(error).__name__}: {error}")
+        self._say("off", name, reason)
+
+    def effects(self) -> dict[str, str]:
+        """Technique -> why it had no effect; the empty string where it acted."""
+        result: dict[str, str] = {}
+        for name in self._entries:
+            items = self._applied.get(name, [])
+            reasons = [found.reason for item in items if (found := item.effect()) is not None]
+            if not items:
+                result[name] = "it found nothing to act on"
+            else:
+                result[name] = reasons[0] if len(reasons) == len(items) else ""
+        return result
+
+    def close(self) -> None:
+        """Undo everything, last applied first."""
+        for name in reversed(list(self._applied)):
+            for applied in reversed(self._applied.pop(name)):
+                try:
+                    applied.close()
+                except Exception as error:
+                    self._say("failed", name, f"could not be undone: {type(error).__name__}: {error}")
+        self._forward.clear()
+        self._step.clear()
