@@ -61,7 +61,7 @@ class LineCost(Record, frozen=True):
     """Time attributed to one line of the user's own script.
 
     `kind`: `host` (any host time), `data` (inside the dataset), `sync` (waiting for the device).
-    `share` is the fraction of the steady-state time watched.
+    `share` is the fraction of the steady-state time watched, `seconds` that share of a step.
     """
 
     file: str

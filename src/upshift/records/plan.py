@@ -46,11 +46,12 @@ class Fingerprint(Record, frozen=True):
 
     script: str
     sources: str
-    """SHA-256 over the script and the modules beside it that it imported."""
+    """SHA-256 over the script and the modules beside it that it imported (`files`)."""
     arguments: str
     device: str
     versions: str
-    settings: str
+    files: tuple[str, ...] = ()
+    settings: str = ""
     """SHA-256 over the techniques and settings: an edited plan was not measured."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -37,6 +38,7 @@ class Child(Protocol):
     """A running child. Messages are JSON objects with a `kind`."""
 
     name: str
+    record: Path
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. Raises `ChildGone` if the child has ended."""

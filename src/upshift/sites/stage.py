@@ -50,21 +50,32 @@ class Stage:
     def raise_site(self, moment: Moment) -> None:
         """Offer a moment to every technique whose card names its site."""
         for name, (technique, settings) in list(self._entries.items()):
-            if moment.site not in technique.card.sites:
-                continue
-            try:
-                outcome = technique.at(moment, settings)
-            except Exception as error:
-                self.remove(name, f"{type(error).__name__}: {error}")
-                continue
-            if outcome is None:
-                continue
-            if isinstance(outcome, NoEffect):
-                if name not in self._quiet:
-                    self._quiet.add(name)
-                    self._say("no effect", name, outcome.reason)
-                continue
+            if moment.site in technique.card.sites:
+                self._offer(name, technique, settings, moment)
+
+    def _offer(self, name: str, technique: Technique, settings: dict[str, Setting], moment: Moment) -> None:
+        try:
+            outcome = technique.at(moment, settings)
+        except Exception as error:
+            self.remove(name, f"{type(error).__name__}: {error}")
+            return
+        if isinstance(outcome, NoEffect):
+            if name not in self._quiet:
+                self._quiet.add(name)
+                self._say("no effect", name, outcome.reason)
+        elif outcome is not None:
             self._bind(name, moment, outcome)
+
+    def add(self, technique: Technique, settings: dict[str, Setting], moments: Iterable[Moment]) -> None:
+        """Add a technique to a training under way; `moments` are those it would have seen from the start."""
+        name = technique.card.name
+        self.remove(name, "replaced", quietly=True)
+        self._entries[name] = (technique, settings)
+        self._off.discard(name)
+        self._quiet.discard(name)
+        for moment in moments:
+            if moment.site in technique.card.sites and name in self._entries:
+                self._offer(name, technique, settings, moment)
 
     def _bind(self, name: str, moment: Moment, applied: Applied) -> None:
         first = name not in self._applied
@@ -113,7 +124,7 @@ class Stage:
                 applied.switch(not off)
         return changed
 
-    def remove(self, name: str, reason: str) -> None:
+    def remove(self, name: str, reason: str, *, quietly: bool = False) -> None:
         """Take a technique off for good and restore what it changed."""
         if self._entries.pop(name, None) is None:
             return
@@ -126,7 +137,8 @@ class Stage:
                 applied.close()
             except Exception as error:
                 self._say("failed", name, f"could not be undone: {type(error).__name__}: {error}")
-        self._say("off", name, reason)
+        if not quietly:
+            self._say("off", name, reason)
 
     def effects(self) -> dict[str, str]:
         """Technique -> why it had no effect; the empty string where it acted."""

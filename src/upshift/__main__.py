@@ -1,0 +1,5 @@
+"""`python -m upshift`."""
+
+from upshift.cli.main import main
+
+main()

@@ -1,0 +1,522 @@
+"""diagnose(), tune(), run(), report(): wiring only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from upshift.diagnose.registry import diagnose as find
+from upshift.diagnose.verdict import verdict as say_verdict
+from upshift.errors import PlanError, RecordError, ScriptFailedError, UsageError
+from upshift.hardware import machine
+from upshift.hardware.device import device_name, kinds_here
+from upshift.hook.diagnosing import Diagnosis, observe
+from upshift.hook.process import HookRunner, command, environment
+from upshift.records import Finding, Measurement, Plan, Run, Trial, TuneReport, codec, planfile
+from upshift.records.fingerprint import changes, fingerprint
+from upshift.records.planfile import slug
+from upshift.records.runlog import LOG, RunLog, fold, new_id
+from upshift.sites.runner import ChildSpec
+from upshift.techniques import registry
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to run: a script, or with `module` a module as `python -m` takes it, and its arguments."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    module: bool = False
+
+    def check(self) -> Target:
+        """Raises UsageError where there is no such script."""
+        if not self.module:
+            path = Path(self.name)
+            if not path.exists():
+                raise UsageError(f"there is no script {self.name}.", remedy="Check the path; options go before it.")
+            if path.is_dir():
+                raise UsageError(f"{self.name} is a folder.", remedy="Name the training script inside it.")
+        return self
+
+    @property
+    def stem(self) -> Path:
+        """Where files named after the target lie: beside the script, or in the current folder for a module."""
+        return Path(self.name).with_suffix("") if not self.module else Path(self.name.replace(".", "-"))
+
+    @property
+    def plan_file(self) -> Path:
+        """`train.upshift.toml` beside `train.py`."""
+        return Path(f"{self.stem}.upshift.toml")
+
+
+@dataclass
+class DiagnoseOptions:
+    """How long to watch and what to write."""
+
+    seconds: float = 20.0
+    trace: str = ""
+    isolate: bool = True
+    allow_remote_writes: bool = False
+    patience: float = 600.0
+    probe: bool = True
+    seed: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """A diagnosis: what was measured, what follows from it."""
+
+    measurement: Measurement
+    findings: tuple[Finding, ...]
+    verdict: str
+    files: tuple[str, ...] = ()
+
+
+def _peaks(device: str, say: Say) -> Any:
+    """The machine's measured peaks, from the cache or from a process of its own; None where it could not be probed."""
+    from upshift.hardware.probe import Peaks
+
+    with tempfile.TemporaryDirectory(prefix="upshift-") as folder:
+        file = Path(folder) / "peaks.json"
+        say("measuring this machine's peaks (once)")
+        subprocess.run(
+            [sys.executable, "-m", "upshift.hardware.probe", "--device", device, "--json", str(file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            check=False,
+        )
+        return codec.read(file, Peaks) if file.exists() else None
+
+
+def _with_floor(diagnosis: Diagnosis, say: Say) -> Measurement:
+    from upshift.measure.flops import StepCount, floor
+
+    measurement = diagnosis.measurement
+    if diagnosis.count is None:
+        return measurement
+    try:
+        peaks = _peaks(measurement.facts.device, say)
+    except (subprocess.TimeoutExpired, RecordError, OSError):
+        peaks = None
+    if peaks is None:
+        return measurement
+    count = msgspec.convert(diagnosis.count, StepCount)
+    return msgspec.structs.replace(measurement, floor=floor(count, measurement.anatomy.step, peaks))
+
+
+def _child(target: Target, options: DiagnoseOptions, mode: Any) -> ChildSpec:
+    return ChildSpec(
+        mode=mode,
+        target=target.name,
+        arguments=target.arguments,
+        module=target.module,
+        seed=options.seed,
+        isolate=options.isolate,
+        options={"allow_remote_writes": options.allow_remote_writes, **options.extra},
+    )
+
+
+def diagnose(target: Target, options: DiagnoseOptions | None = None, say: Say = lambda text: None) -> Diagnosed:
+    """Run the script as it is, isolated, until enough is seen; nothing of the user's is touched.
+
+    Raises:
+        UsageError: no such script.
+        NoTrainingError: no training step was seen.
+        ScriptFailedError: it crashed first.
+    """
+    options = options or DiagnoseOptions()
+    target.check()
+    spec = _child(target, options, "diagnose")
+    spec = msgspec.structs.replace(
+        spec, options={**spec.options, "seconds": options.seconds, "trace": "trace" if options.trace else ""}
+    )
+
+    def progress(steps: int, seconds: float) -> None:
+        say(f"watching: {steps} steps, {seconds:.0f} of at most {options.seconds:.0f} s")
+
+    say("starting the script")
+    found = observe(
+        HookRunner(),
+        spec,
+        on_progress=progress,
+        patience=options.patience,
+        trace_to=Path(options.trace) if options.trace else None,
+    )
+    measurement = _with_floor(found, say) if options.probe else found.measurement
+    measurement = msgspec.structs.replace(measurement, machine=machine.describe())
+    if found.code not in (None, 0):
+        note = f"the script failed after {measurement.anatomy.steps_seen} steps: {found.how}"
+        measurement = msgspec.structs.replace(measurement, notes=(*measurement.notes, note))
+    findings = find(measurement)
+    return Diagnosed(measurement, findings, say_verdict(measurement, findings), found.files)
+
+
+@dataclass
+class TuneOptions:
+    """What `tune` is asked for. `budget` in seconds, the diagnosis included."""
+
+    budget: float = 180.0
+    only: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    untested: bool = False
+    steps_planned: int | None = None
+    plan_file: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+    diagnose: DiagnoseOptions = field(default_factory=DiagnoseOptions)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search wrote."""
+
+    report: TuneReport
+    plan: Plan | None
+    plan_file: Path
+    report_file: Path
+    page: Path | None = None
+
+
+class _State:
+    """The trials of a search under way, so that `tune --resume` need not repeat them."""
+
+    def __init__(self, target: Target) -> None:
+        self.file = Path(".upshift") / "tune" / f"{slug(str(target.stem))}.json"
+
+    def load(self, target: Target) -> TuneReport | None:
+        if not self.file.exists():
+            return None
+        try:
+            report = codec.read(self.file, TuneReport)
+        except RecordError:
+            return None
+        return report if report.arguments == target.arguments and report.script == target.name else None
+
+    def save(self, report: TuneReport) -> None:
+        try:
+            codec.write(self.file, report)
+        except OSError:
+            pass  # a search goes on without its notebook
+
+
+def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda text: None,
+         on_diagnosed: Callable[[Diagnosed], None] = lambda found: None) -> Tuned:  # fmt: skip
+    """Search a plan for this script on this machine, and write it with its evidence.
+
+    Raises:
+        UpshiftError: see `diagnose`; also when the plan file cannot be written.
+    """
+    from upshift.search.autopilot import Autopilot
+    from upshift.search.autopilot import Options as SearchOptions
+
+    options = options or TuneOptions()
+    target.check()
+    for name in (*options.only, *options.leave_out):
+        registry.get(name)
+    plan_file = options.plan_file or target.plan_file
+    if not options.dry_run:
+        _check_writable(plan_file)
+    began = time.monotonic()
+    state = _State(target)
+    earlier = state.load(target) if options.resume else None
+    if earlier is not None:
+        say(f"resuming: {len(earlier.trials)} trials are known")
+        found = Diagnosed(earlier.measurement, earlier.findings, earlier.verdict, ())
+        files = _files_of(earlier)
+    else:
+        watch = options.diagnose
+        watch.seconds = min(watch.seconds, max(options.budget * 0.12, 5.0))
+        found = diagnose(target, watch, say)
+        files = found.files
+    on_diagnosed(found)
+    measurement = found.measurement
+    if any(note.startswith("the script failed") for note in measurement.notes):
+        raise ScriptFailedError(measurement.notes[-1] + ".", remedy="It must run under plain python first.")
+
+    def report_of(trials: Sequence[Trial], verdict: str, **more: Any) -> TuneReport:
+        return TuneReport(
+            script=target.name,
+            arguments=target.arguments,
+            created=time.strftime("%Y-%m-%d %H:%M:%S"),
+            measurement=measurement,
+            findings=found.findings,
+            trials=tuple(trials),
+            verdict=verdict,
+            plan_file=str(plan_file),
+            kept=more.pop("kept", ()),
+            seconds=time.monotonic() - began,
+            budget=options.budget,
+            isolation=measurement.isolation,
+            **more,
+        )
+
+    seen: list[Trial] = list(earlier.trials) if earlier is not None else []
+
+    def on_trial(trial: Trial) -> None:
+        seen.append(trial)
+        state.save(report_of(seen, "the search was interrupted"))
+        say(f"{trial.name}: {trial.reason or trial.outcome}")
+
+    pilot = Autopilot(
+        HookRunner(),
+        _child(target, options.diagnose, "arm"),
+        measurement,
+        {technique.card.name: technique for technique in registry.all_techniques()},
+        SearchOptions(
+            budget=max(options.budget - (time.monotonic() - began), 20.0),
+            only=options.only,
+            leave_out=options.leave_out,
+            untested=options.untested,
+            steps_planned=options.steps_planned,
+            seed=options.diagnose.seed,
+        ),
+        say,
+        on_trial,
+        earlier=tuple(earlier.trials) if earlier is not None else (),
+    )
+    if options.dry_run:
+        told = pilot.plan_ahead()
+        return Tuned(report_of((), told, forecast=told), None, plan_file, plan_file)
+    outcome = pilot.run()
+    final = outcome.confirmation
+    report = report_of(
+        outcome.trials,
+        outcome.verdict,
+        kept=tuple(item.name for item in outcome.kept),
+        forecast=outcome.forecast,
+        interrupted=outcome.interrupted,
+        final=final.pairing if final is not None else None,
+        proof=final.proof if final is not None else None,
+    )
+    plan = _plan(target, report, outcome, files)
+    planfile.write(plan_file, plan)
+    report_file = Path(".upshift") / "reports" / f"{slug(str(target.stem))}.json"
+    codec.write(report_file, report)
+    from upshift.report import html
+
+    page = report_file.with_suffix(".html")
+    codec.write_bytes(page, html.render_tune(report).encode())
+    if not outcome.interrupted:
+        state.file.unlink(missing_ok=True)
+    return Tuned(report, plan, plan_file, report_file, page)
+
+
+def _files_of(report: TuneReport) -> tuple[str, ...]:
+    return (Path(report.script).name,)
+
+
+def _check_writable(file: Path) -> None:
+    """Find out before the search, not after it, that its result cannot be written."""
+    from upshift.errors import EnvironmentError_
+
+    folder = file.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        raise EnvironmentError_(
+            f"the plan {file} cannot be written.", remedy="Name another place with --plan FILE, or make it writable."
+        )
+    try:
+        Path(".upshift").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=".upshift"):
+            pass
+    except OSError as error:
+        raise EnvironmentError_(
+            f"records cannot be written to {Path('.upshift').resolve()}: {error.strerror}.",
+            remedy="Start upshift in a folder that can be written.",
+        ) from None
+    if file.exists():
+        planfile.read(file)
+
+
+def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ...]) -> Plan:
+    final, proof = report.final, report.proof
+    kept = outcome.kept
+    device = device_name(report.measurement.facts.device)
+    techniques = {item.name: dict(item.settings) for item in kept}
+    return Plan(
+        script=target.name,
+        arguments=target.arguments,
+        created=report.created,
+        device=device,
+        verdict=report.verdict,
+        fingerprint=fingerprint(target.name, target.arguments, device, techniques, files=files, module=target.module),
+        speedup=final.ratio if final is not None and kept else None,
+        low=final.low if final is not None and kept else None,
+        high=final.high if final is not None and kept else None,
+        pairs=final.quads if final is not None and kept else 0,
+        break_even_steps=outcome.break_even,
+        one_off_seconds=outcome.confirmation.one_off if outcome.confirmation is not None and kept else 0.0,
+        search_seconds=report.seconds,
+        step_seconds=report.measurement.anatomy.step.value,
+        proof=proof if kept else None,
+        kept=kept,
+        rejected=outcome.rejected,
+    )
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+#: Rungs of the proof from weak to strong; bitwise losses are the strongest evidence of a trajectory.
+_RUNG_ORDER = {"none": 0, "update": 1, "trajectory": 2, "bitwise": 2, "metric": 3}
+
+
+@dataclass
+class RunOptions:
+    """`plan` None: the file beside the script if there is one. `require` is the least rung of the proof."""
+
+    plan: Path | None = None
+    no_plan: bool = False
+    allow_stale: bool = False
+    require: str = ""
+    runs: Path = Path(".upshift/runs")
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan a run will use, and what to say about it."""
+
+    techniques: dict[str, dict[str, Any]]
+    file: str
+    notes: tuple[str, ...]
+
+
+def choose_plan(target: Target, options: RunOptions) -> Chosen:
+    """The plan for this script on this machine; the baseline, with the reason, where it no longer holds.
+
+    Raises:
+        PlanError: the file is no plan of this version, or names an unknown technique or setting.
+    """
+    if options.no_plan:
+        return Chosen({}, "", ("no plan, as asked: the run is only recorded",))
+    file = options.plan or target.plan_file
+    if not file.exists():
+        if options.plan is not None:
+            raise PlanError(f"there is no plan {file}.", remedy="Check the path, or run upshift tune first.")
+        return Chosen({}, "", (f"no plan beside {target.name}: the run is only recorded",))
+    plans = planfile.read(file)
+    for section, plan in plans.items():
+        registry.check_plan(plan, f"{file}: devices.{section}")
+    for kind in kinds_here():
+        device = device_name(kind)
+        found = plans.get(slug(device))
+        if found is not None:
+            return _still_good(target, options, file, found, device)
+    names = ", ".join(plan.device for plan in plans.values()) or "none"
+    if options.allow_stale and len(plans) == 1:
+        (only,) = plans.values()
+        return Chosen(only.techniques, str(file), (f"plan for another device ({names}) used, as asked",))
+    return Chosen({}, "", (f"{file} has no plan for this device (it has: {names}); training the baseline",))
+
+
+def _still_good(target: Target, options: RunOptions, file: Path, plan: Plan, device: str) -> Chosen:
+    now = fingerprint(
+        target.name, target.arguments, device, plan.techniques, files=plan.fingerprint.files, module=target.module
+    )
+    notes: list[str] = []
+    stale = changes(plan, now)
+    if stale and not options.allow_stale:
+        reasons = "; ".join(stale)
+        return Chosen({}, "", (f"{file} is stale: {reasons}. Training the baseline (--allow-stale overrides).",))
+    if stale:
+        notes.append(f"stale plan used, as asked: {'; '.join(stale)}")
+    if not plan.kept:
+        return Chosen({}, "", (f"{file} says: keep your baseline",))
+    rung = plan.proof.rung if plan.proof is not None else "none"
+    labelled = plan.proof is not None and bool(plan.proof.weaker)
+    least = options.require or ("update" if labelled else "trajectory")
+    if _RUNG_ORDER[rung] < _RUNG_ORDER[least]:
+        return Chosen(
+            {}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline (--require {rung})",)
+        )
+    if plan.speedup is not None:
+        notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
+    if labelled and plan.proof is not None:
+        notes.append(f"weaker proof: {plan.proof.weaker}")
+    return Chosen(plan.techniques, str(file), tuple(notes))
+
+
+def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
+    """Replace this process by the hooked script: signals, standard streams and the exit code are its own."""
+    target.check()
+    chosen = choose_plan(target, options)
+    for note in chosen.notes:
+        say(note)
+    folder = (options.runs / new_id()).absolute()
+    RunLog(folder).close()
+    spec = ChildSpec(
+        mode="run",
+        target=target.name,
+        arguments=target.arguments,
+        module=target.module,
+        plan=chosen.techniques,
+        isolate=False,
+        record=str(folder),
+        scratch=str(folder),
+        options={
+            "plan_file": chosen.file,
+            "quiet": options.quiet,
+            "environment": {**machine.describe(), "device": device_name(kinds_here()[0])},
+        },
+    )
+    file = folder / "spec.json"
+    file.write_bytes(msgspec.json.encode(spec))
+    env = environment(chosen.techniques)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command(file), env)
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def latest_run(runs: Path = Path(".upshift/runs")) -> Path:
+    """The newest run folder.
+
+    Raises:
+        RecordError: there is none.
+    """
+    found = sorted(path.parent for path in runs.glob(f"*/{LOG}"))
+    if not found:
+        raise RecordError(f"there is no run in {runs}.", remedy="Start one with upshift run train.py.")
+    return found[-1]
+
+
+def load(path: Path) -> Run | TuneReport | dict[str, Plan]:
+    """Whatever record lies at `path`: a run folder, a plan, or a tune report.
+
+    Raises:
+        RecordError, PlanError: it is none of these.
+    """
+    if path.is_dir():
+        return fold(path)
+    if not path.exists():
+        raise RecordError(f"there is no record {path}.", remedy="Name a run folder, a plan or a report.")
+    if path.suffix == ".toml":
+        return planfile.read(path)
+    if path.name == LOG:
+        return fold(path.parent)
+    return codec.read(path, TuneReport)
+
+
+def report_behind(plan_file: Path) -> TuneReport | None:
+    """The report a plan was written with, where it is still there."""
+    name = plan_file.name.removesuffix(".upshift.toml")
+    for candidate in (slug(str(plan_file.parent / name)), slug(name)):
+        file = Path(".upshift") / "reports" / f"{candidate}.json"
+        if file.exists():
+            return codec.read(file, TuneReport)
+    return None

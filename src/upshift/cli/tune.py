@@ -1,0 +1,89 @@
+"""`upshift tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from upshift.cli import show
+
+
+@click.command("tune", context_settings=show.TARGET_SETTINGS)
+@click.option("--budget", type=show.Duration(), default="3m", show_default=True, help="Time the search may take.")
+@click.option("--only", multiple=True, metavar="NAME", help="Try only this technique (may be repeated).")
+@click.option("--without", multiple=True, metavar="NAME", help="Leave this technique out (may be repeated).")
+@click.option("--untested", is_flag=True, help="Also try techniques never run on this kind of device.")
+@click.option("--steps-planned", type=click.IntRange(1), help="Steps the real training will make.")
+@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan there.")
+@click.option(
+    "--dry-run", is_flag=True, help="Diagnose, say what would be tried and at what cost; write nothing."
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted search.")
+@click.option("--allow-remote-writes", is_flag=True, help="Let the script write to hubs and object stores.")
+@click.option("--patience", type=show.Duration(), default="10m", show_default=True, help="Wait so long for a step.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write the whole report as JSON.")
+@click.option("--open", "open_it", is_flag=True, help="Open the HTML report in a browser.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress line.")
+@show.target_options
+def command(
+    budget: float,
+    only: tuple[str, ...],
+    without: tuple[str, ...],
+    untested: bool,
+    steps_planned: int | None,
+    plan_file: Path | None,
+    dry_run: bool,
+    resume: bool,
+    allow_remote_writes: bool,
+    patience: float,
+    json_file: str | None,
+    open_it: bool,
+    quiet: bool,
+    module: str | None,
+    rest: tuple[str, ...],
+) -> None:
+    """Try techniques on TARGET; keep what is faster and proven as good.
+
+    Writes a plan beside the script (train.upshift.toml), which `upshift run` uses, and a report. Nothing else of
+    yours is touched: what the trials write lands in scratch. Ctrl-C ends with the best plan so far.
+
+    \b
+    Examples:
+      upshift tune train.py --epochs 30
+      upshift tune --budget 10m --without compile train.py --epochs 30
+      upshift tune --dry-run train.py
+    """
+    from upshift import api
+    from upshift.report import terminal
+
+    target = show.target(module, rest)
+    options = api.TuneOptions(
+        budget=budget,
+        only=only,
+        leave_out=without,
+        untested=untested,
+        steps_planned=steps_planned,
+        plan_file=plan_file,
+        resume=resume,
+        dry_run=dry_run,
+        diagnose=api.DiagnoseOptions(allow_remote_writes=allow_remote_writes, patience=patience),
+    )
+    console = show.console()
+
+    def diagnosed(found: api.Diagnosed) -> None:
+        if not quiet:
+            show.say(found.verdict)
+
+    with show.Progress(quiet) as say:
+        tuned = api.tune(target, options, say, diagnosed)
+    if dry_run:
+        show.say(tuned.report.verdict)
+        return
+    console.print(terminal.render_tune(tuned.report, str(tuned.page or tuned.report_file)))
+    if json_file:
+        show.write_json(json_file, tuned.report)
+    if open_it and tuned.page is not None:
+        show.open_page(tuned.page)
+    if tuned.report.interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,114 @@
+"""What a plan was measured on, and what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from upshift.records.plan import Fingerprint, Plan, Setting
+from upshift.records.planfile import settings_digest
+
+#: Arguments that change how long or where a script runs, not the shape of a step.
+_HARMLESS = re.compile(
+    r"^-{0,2}(n[-_]?)?(num[-_]?)?(epochs?|max[-_]?(iters?|steps|epochs)|steps|iters|iterations|seed|log[-_]?\w*|"
+    r"save[-_]?\w*|out(put)?[-_]?\w*|outf|resume|ckpt\w*|checkpoint\w*|dry[-_]run|print[-_]\w*|eval[-_](interval|iters|every)|"
+    r"run[-_]?name|wandb[-_]?\w*|name|device)$",
+    re.IGNORECASE,
+)
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def shaping(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The arguments that may shape a step: all but those known to be harmless (epochs, seeds, paths of output)."""
+    kept: list[str] = []
+    skip_value = False
+    for item in arguments:
+        name, equals, _ = item.partition("=")
+        if skip_value and not item.startswith("-"):
+            skip_value = False
+            continue
+        skip_value = False
+        if _HARMLESS.match(name) and (item.startswith("-") or equals):
+            skip_value = not equals
+            continue
+        kept.append(item)
+    return tuple(kept)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _script_path(script: str, module: bool) -> Path | None:
+    if not module:
+        return Path(script)
+    candidate = Path(*script.split("."))
+    for path in (candidate.with_suffix(".py"), candidate / "__main__.py"):
+        if path.exists():
+            return path
+    return None
+
+
+def fingerprint(
+    script: str,
+    arguments: Sequence[str],
+    device: str,
+    techniques: dict[str, dict[str, Setting]],
+    *,
+    files: Sequence[str] = (),
+    module: bool = False,
+) -> Fingerprint:
+    """The fingerprint of a plan for `script` as it is now.
+
+    Args:
+        files: modules beside the script that it imports, relative to its folder.
+    """
+    path = _script_path(script, module)
+    content = path.read_bytes() if path is not None and path.exists() else b""
+    folder = Path.cwd() if module else (path or Path()).parent
+    sources = []
+    for name in files:
+        beside = folder / name
+        sources.append(beside.read_bytes() if beside.exists() else b"missing")
+    return Fingerprint(
+        script=_digest([content]),
+        sources=_digest(sources),
+        arguments=" ".join(shaping(arguments)),
+        device=device,
+        versions=f"torch {_version('torch')}, numpy {_version('numpy')}, python {platform.python_version()}",
+        files=tuple(files),
+        settings=settings_digest(techniques),
+    )
+
+
+def changes(plan: Plan, now: Fingerprint) -> list[str]:
+    """What is no longer as it was when the plan was measured, in words; empty where the plan still holds."""
+    was = plan.fingerprint
+    found = []
+    if was.script != now.script:
+        found.append("the script has changed")
+    elif was.sources != now.sources:
+        found.append("a module beside the script has changed")
+    if was.arguments != now.arguments:
+        found.append(f"the arguments were '{was.arguments}', now '{now.arguments}'")
+    if was.device != now.device:
+        found.append(f"the device was '{was.device}', now '{now.device}'")
+    if was.versions != now.versions:
+        found.append(f"the versions were '{was.versions}', now '{now.versions}'")
+    if was.settings != settings_digest(plan.techniques):
+        found.append("a technique or setting in the plan was edited after it was measured")
+    return found

@@ -1,0 +1,159 @@
+"""What is picked out of a record, or summed from it, before it is drawn: no drawing, no words for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from upshift.records.measurement import PHASES, Measurement
+from upshift.records.run import Run
+from upshift.records.trial import Pairing, Proof, Trial, TuneReport
+from upshift.report import words
+
+Claim = Literal["win", "baseline", "unproven", "interrupted"]
+
+STAGES = ("confirm", "screen", "attribution", "check")
+
+
+def claim(report: TuneReport) -> Claim:
+    """What the figures of a search allow to say, whatever its verdict sentence says.
+
+    `win` needs a kept technique, a final pairing whose lower bound exceeds 1, and a proof that passed.
+    """
+    if report.kept:
+        proven = report.proof is not None and report.proof.passed and report.proof.rung != "none"
+        return "win" if proven and words.direction(report.final) == "faster" else "unproven"
+    return "interrupted" if report.interrupted else "baseline"
+
+
+def final_trial(report: TuneReport) -> Trial | None:
+    """The confirmed trial of the whole plan, if it is among the trials."""
+    for trial in reversed(report.trials):
+        if trial.stage == "confirm" and trial.candidate and set(trial.candidate) == set(report.kept):
+            return trial
+    return None
+
+
+def break_even(one_off: float | None, pairing: Pairing | None) -> float | None:
+    """Steps after which the one-off seconds are won back; None where that cannot be known or never happens."""
+    if pairing is None or not words.finite(one_off) or one_off < 0 or words.direction(pairing) != "faster":
+        return None
+    saved = pairing.reference_step - pairing.candidate_step
+    if not (words.finite(saved) and saved > 0 and pairing.candidate_step > 0):
+        return None
+    steps = one_off / saved
+    return math.ceil(steps) if math.isfinite(steps) else None
+
+
+class ProofRow(NamedTuple):
+    """The proof of one kept technique, and whether it is its own or that of the whole plan."""
+
+    name: str
+    proof: Proof | None
+    pairs: int | None
+    own: bool
+
+
+def proof_rows(report: TuneReport) -> list[ProofRow]:
+    """One row per kept technique, in the order of the plan."""
+    rows = []
+    for name in report.kept:
+        own = [trial for trial in report.trials if trial.name == name and trial.proof is not None]
+        own.sort(key=lambda trial: trial.stage != "confirm")
+        timed = [trial for trial in report.trials if trial.name == name and trial.pairing is not None]
+        timed.sort(key=lambda trial: STAGES.index(trial.stage))
+        if own:
+            pairing = own[0].pairing or (timed[0].pairing if timed else None)
+            rows.append(ProofRow(name, own[0].proof, pairing.quads if pairing else None, True))
+        else:
+            rows.append(ProofRow(name, report.proof, report.final.quads if report.final else None, False))
+    return rows
+
+
+def is_kept(report: TuneReport, trial: Trial) -> bool:
+    """Whether this row is evidence for something in the plan: confirmed, faster, and kept."""
+    if trial.stage != "confirm" or trial.outcome != "faster":
+        return False
+    return trial.name in report.kept or trial is final_trial(report)
+
+
+def ordered(trials: Sequence[Trial]) -> list[Trial]:
+    """Confirmed rows first, then screening, attribution and what was never timed; otherwise as they happened."""
+    return sorted(trials, key=lambda trial: STAGES.index(trial.stage))
+
+
+def compared_losses(report: TuneReport) -> Proof | None:
+    """The proof whose two loss curves are to be drawn: that of the plan, else that of a kept technique."""
+    candidates = [report.proof, *(row.proof for row in proof_rows(report)), *(t.proof for t in report.trials)]
+    for proof in candidates:
+        if proof is not None and len(proof.stock_losses) > 1 and len(proof.planned_losses) > 1:
+            return proof
+    return None
+
+
+class StepTimes(NamedTuple):
+    """A run's steps: seconds per step and per phase, over `steps` steps (None: not seen)."""
+
+    step: float | None
+    phases: dict[str, float]
+    steps: int
+    evaluation: float | None
+    checkpoint: float | None
+
+
+def step_times(run: Run) -> StepTimes:
+    """Sum the windows of a run. Windows without steps or with figures that are not finite are left out."""
+    good = [item for item in run.windows if item.n > 0 and words.finite(item.seconds) and item.seconds >= 0]
+    steps = sum(item.n for item in good)
+    if not steps:
+        return StepTimes(None, {}, 0, None, None)
+    names = [*PHASES, *sorted({name for item in good for name in item.phases} - set(PHASES))]
+    phases = {}
+    for name in names:
+        seen = [(item.phases[name], item.n) for item in good if words.finite(item.phases.get(name))]
+        if seen:
+            phases[name] = sum(seconds for seconds, _ in seen) / sum(n for _, n in seen)
+    total = sum(item.seconds for item in good) / steps
+    return StepTimes(
+        total if math.isfinite(total) else None,
+        phases,
+        steps,
+        sum(item.evaluation for item in good if words.finite(item.evaluation)),
+        sum(item.checkpoint for item in good if words.finite(item.checkpoint)),
+    )
+
+
+def losses(run: Run) -> list[tuple[int, float]]:
+    """(last step of the window, mean loss) for the windows that read a loss."""
+    return [(item.first + item.n, item.loss) for item in run.windows if item.loss is not None]
+
+
+def phase_order(measurement: Measurement) -> list[str]:
+    """Phases as recorded, the known ones in the order of a step."""
+    recorded = [phase.name for phase in measurement.anatomy.phases]
+    return [*(name for name in PHASES if name in recorded), *(name for name in recorded if name not in PHASES)]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float | None]:
+    """Centred moving mean over up to `window` finite values; None where the centre itself is not finite."""
+    half = max(window, 1) // 2
+    result: list[float | None] = []
+    for index, centre in enumerate(values):
+        around = [v for v in values[max(index - half, 0) : index + half + 1] if math.isfinite(v)]
+        result.append(sum(around) / len(around) if math.isfinite(centre) and around else None)
+    return result
+
+
+def spread(values: Sequence[float], window: int) -> list[float | None]:
+    """Standard deviation within the same moving window; None with fewer than three values."""
+    half = max(window, 1) // 2
+    result: list[float | None] = []
+    for index, centre in enumerate(values):
+        around = [v for v in values[max(index - half, 0) : index + half + 1] if math.isfinite(v)]
+        if not math.isfinite(centre) or len(around) < 3:
+            result.append(None)
+            continue
+        mean = sum(around) / len(around)
+        result.append(math.sqrt(sum((v - mean) * (v - mean) for v in around) / (len(around) - 1)))
+    return result

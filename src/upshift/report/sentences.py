@@ -1,0 +1,134 @@
+"""Sentences about whole records, shared by the terminal and the page, so that both claim the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from upshift.records.finding import Finding
+from upshift.records.measurement import Floor
+from upshift.records.run import Run
+from upshift.records.trial import Trial, TuneReport
+from upshift.report import digest, words
+
+NOT_PAIRED = (
+    "These are two runs at different times: a machine drifts by more than most gains, so this ratio is no evidence. "
+    "For evidence see the paired trials of the plan."
+)
+
+
+def headline(report: TuneReport) -> str:
+    """The claim the figures allow, in one line."""
+    kind = digest.claim(report)
+    if kind == "win":
+        return words.speedup_text(report.final)
+    if kind == "interrupted":
+        return "Interrupted before anything was shown: keep your baseline."
+    if kind == "baseline":
+        return "Keep your baseline: nothing tried was shown to be both faster and harmless."
+    if words.direction(report.final) != "faster":
+        return f"The plan's gain is not shown ({words.speedup_text(report.final)})."
+    return f"{words.speedup_text(report.final)}, but that the result is unharmed is not shown."
+
+
+def break_even_text(report: TuneReport) -> str:
+    """After how many steps the one-off costs are won back."""
+    trial = digest.final_trial(report)
+    cost = trial.one_off_seconds if trial is not None else None
+    steps = digest.break_even(cost, report.final)
+    if cost is None or steps is None:
+        return words.UNKNOWN
+    if steps == 0:
+        return "at once: no one-off cost was seen"
+    return f"after {words.number(steps)} steps (one-off cost {words.duration(cost)})"
+
+
+def step_text(seconds: float) -> str:
+    """A step time of a pairing, in which 0 stands for not recorded."""
+    return words.duration(seconds) if seconds > 0 else words.UNKNOWN
+
+
+def floor_text(floor: Floor | None) -> str:
+    """MFU, peaks and floors in one paragraph, each unknown said to be so."""
+    if floor is None:
+        return "unknown: FLOPs or the machine's peaks were not measured"
+    parts = [
+        f"MFU {words.quantity_text(floor.mfu, unit='fraction', n=False)} of the {words.clean(floor.dtype, 40)} peak "
+        f"({words.quantity_text(floor.peak_flops, n=False)})",
+        f"{words.quantity_text(floor.flops, n=False)} per step",
+        f"arithmetic alone would take {words.quantity_text(floor.arithmetic_floor, n=False)}",
+        f"memory traffic alone {words.quantity_text(floor.bandwidth_floor, n=False)}",
+    ]
+    if floor.best_dtype and floor.best_dtype != floor.dtype:
+        best = words.quantity_text(floor.best_peak_flops, n=False)
+        parts.append(f"fastest type here {words.clean(floor.best_dtype, 40)}: {best}")
+    text = "; ".join(parts)
+    return f"{text}. {words.clean(floor.note, 400)}" if floor.note else text
+
+
+def gain_text(finding: Finding) -> str:
+    """The predicted speed-up and what it rests on; a prediction is never evidence."""
+    gain = words.quantity_text(finding.gain, unit="x", n=False)
+    return f"{gain}; rests on {words.clean(finding.rests_on, 300)}" if finding.rests_on else gain
+
+
+def run_status(run: Run) -> str:
+    """`finished with exit code 0 after 3 min 20 s`."""
+    code = "" if run.exit_code is None else f" with exit code {run.exit_code}"
+    after = f" after {words.duration(run.seconds)}" if words.finite(run.seconds) else ", for how long is unknown"
+    return f"{run.status}{code}{after}"
+
+
+def steps_per_second(run: Run) -> str:
+    """Training steps per second of training time, evaluation and checkpoints apart."""
+    step = digest.step_times(run).step
+    return f"{words.number(words.three(1 / step))} steps/s" if step and step > 1e-12 else words.UNKNOWN
+
+
+def run_rows(run: Run) -> list[tuple[str, str]]:
+    """The figures of a run, as (name, value)."""
+    times = digest.step_times(run)
+    seen = digest.losses(run)
+    loss = words.UNKNOWN if not seen else f"{_loss(seen[0][1])} to {_loss(seen[-1][1])} at step {seen[-1][0]:,}"
+    speed = f"{steps_per_second(run)} ({words.duration(times.step)} a step, {times.steps:,} steps timed)"
+    speed = speed if times.step is not None else words.UNKNOWN
+    evaluation = words.duration(times.evaluation) if times.steps else words.UNKNOWN
+    checkpoints = words.duration(times.checkpoint) if times.steps else words.UNKNOWN
+    rows = [
+        ("steps", f"{run.steps:,}"),
+        ("speed", speed),
+        ("loss", loss),
+        ("evaluation", evaluation),
+        ("checkpoints", checkpoints),
+        ("techniques", words.arm_text(run.techniques)),
+        ("plan", run.plan or "none"),
+        ("guard", guard_text(run)),
+        ("run", run.id),
+    ]
+    if run.torn_lines:
+        rows.append(("log", f"{run.torn_lines:,} lines could not be read"))
+    return rows
+
+
+def guard_text(run: Run) -> str:
+    """Whether the guard of a planned run fired; a run without techniques has none."""
+    if run.guard_fired:
+        return "FIRED: see the events"
+    return "did not fire" if run.techniques else "not applicable: nothing was applied"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def compare_text(a: Run, b: Run) -> str:
+    """`a step took 1.31x as long in A as in B`, or that it is unknown."""
+    left, right = digest.step_times(a).step, digest.step_times(b).step
+    if not left or not right or right < 1e-12:
+        return "Ratio of step times unknown: one of the runs has no timed steps."
+    return f"Step time of A over B: {words.ratio(left / right)} (unpaired)."
+
+
+def levels_text(trials: Iterable[Trial]) -> str:
+    """What the bounds of these trials are: `one-sided bounds at 99 % each`; empty where nothing was timed."""
+    levels = sorted({trial.pairing.level for trial in trials if trial.pairing is not None})
+    return f"one-sided bounds at {' or '.join(words.percent(level) for level in levels)} each" if levels else ""
