@@ -1,0 +1,134 @@
+"""The start of a hooked process: isolate, wait for torch, patch it, run the script as `__main__`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from upshift.errors import UpshiftError
+from upshift.hook import seeding
+from upshift.hook.channel import VARIABLE, Channel
+from upshift.hook.controller import Controller
+from upshift.hook.imports import AfterImport
+from upshift.hook.script import clean_excepthook, has_main_guard, run_module, run_script
+from upshift.hook.watch import Watch
+from upshift.sites import ProcessStart, Stage
+from upshift.sites.runner import ChildSpec
+
+
+def _controller(spec: ChildSpec, channel: Channel | None) -> Controller:
+    if spec.mode == "run":
+        from upshift.hook.guarded import RunController
+
+        return RunController(spec)
+    if channel is None:
+        raise UpshiftError("a trial needs a parent to report to.")
+    if spec.mode == "diagnose":
+        from upshift.hook.observe import DiagnoseController
+
+        return DiagnoseController(spec, channel)
+    from upshift.hook.trial import TrialController
+
+    return TrialController(spec, channel)
+
+
+def _die_with_parent() -> None:
+    """A killed parent must leave no child behind (prctl(2), PR_SET_PDEATHSIG; Linux only)."""
+    try:
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+    except (OSError, AttributeError):
+        pass
+
+
+def _isolate(spec: ChildSpec, channel: Channel) -> None:
+    from upshift.hook.isolate import enter
+    from upshift.hook.isolate.trackers import refuse_remote_writes
+
+    scratch = Path(spec.scratch) / "files"
+    scratch.mkdir(parents=True, exist_ok=True)
+    forced = spec.options.get("isolation")
+    isolation = enter(scratch, keep=[Path(spec.record)], rung=forced if isinstance(forced, str) else None)
+    refuse_remote_writes(allow=bool(spec.options.get("allow_remote_writes")))
+    channel.send({"kind": "isolation", "rung": isolation.rung, "detail": isolation.detail})
+
+
+def start(spec: ChildSpec, channel: Channel | None) -> None:
+    """Run the target of `spec`. Returns or raises as the script does."""
+    from upshift.techniques import registry
+
+    controller = _controller(spec, channel)
+    stage = Stage(registry.in_order(spec.plan), controller.say)
+    guard = not spec.module and has_main_guard(spec.target)
+    watch = Watch(
+        stage,
+        controller.on_step,
+        rescue=controller.rescue,
+        on_loss=controller.on_loss,
+        scratch=spec.scratch,
+        main_guard=guard,
+    )
+    controller.attach(stage, watch)
+    imports = AfterImport()
+
+    def torch_ready(torch: ModuleType) -> None:
+        if spec.seed is not None:
+            torch.manual_seed(spec.seed)
+        watch.install(torch)
+        stage.raise_site(ProcessStart())
+        controller.torch_ready(torch)
+
+    if spec.seed is not None:
+        seeding.seed(spec.seed, imports)
+    imports.on("torch", torch_ready)
+    error: BaseException | None = None
+    try:
+        if spec.module:
+            run_module(spec.target, spec.arguments)
+        else:
+            run_script(spec.target, spec.arguments)
+    except BaseException as raised:
+        error = raised
+        clean_excepthook()
+        raise
+    finally:
+        if os.getpid() == watch.pid:
+            controller.finish(error)
+            stage.close()
+            watch.close()
+
+
+def main() -> None:
+    """Entry of the child process; `sys.argv[1]` is the file with the ChildSpec."""
+    spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ChildSpec)
+    sys.argv[1:] = []
+    channel: Channel | None = None
+    descriptor = os.environ.pop(VARIABLE, "")
+    if descriptor:
+        _die_with_parent()
+        connection = socket.socket(fileno=int(descriptor))
+        connection.set_inheritable(False)
+        channel = Channel(connection)
+    if spec.isolate and channel is not None:
+        try:
+            _isolate(spec, channel)
+        except UpshiftError as error:
+            channel.send({"kind": "refused", "text": str(error)})
+            sys.exit(error.exit_code)
+    start(spec, channel)
+
+
+def spec_bytes(spec: ChildSpec) -> bytes:
+    """A spec as it travels to the child."""
+    return msgspec.json.encode(spec)
+
+
+__all__: list[Any] = ["main", "spec_bytes", "start"]

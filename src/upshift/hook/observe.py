@@ -1,0 +1,344 @@
+"""`diagnose`: run the script as it is until enough has been seen, then report and never let it go on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from upshift.hook.channel import Channel, ChannelClosed
+from upshift.hook.controller import Controller, describe, exit_code
+from upshift.hook.horizon import Horizon
+from upshift.hook.overhead import watching_cost
+from upshift.hook.patch import Patches
+from upshift.measure.anatomy import anatomy
+from upshift.measure.facts import loader_facts, model_facts, optimizer_facts, process_facts
+from upshift.measure.flops import StepCounter
+from upshift.measure.sampler import HostSampler
+from upshift.measure.stats import mean_interval, narrow_enough
+from upshift.measure.steps import StepRecord, loss_values, total_loss
+from upshift.records import LineCost, Measurement, Quantity, ScriptFacts
+from upshift.sites.runner import ChildSpec
+
+#: The step whose FLOPs are counted (its time is left out): late enough for optimizer state to exist.
+COUNTED = 3
+MOST_STEPS = 5000
+
+
+class DiagnoseController(Controller):
+    """Watches until the step time is known well enough, a limit, or the script's end."""
+
+    def __init__(self, spec: ChildSpec, channel: Channel) -> None:
+        self.spec = spec
+        self.channel = channel
+        self.limit = float(spec.options.get("seconds", 20.0))
+        self.least_steps = int(spec.options.get("least_steps", 20))
+        self.most_steps = int(spec.options.get("most_steps", MOST_STEPS))
+        self.trace_file = str(spec.options.get("trace", ""))
+        self.torch: Any = None
+        self.records: list[StepRecord] = []
+        self.losses: list[float] = []
+        self.left_out: set[int] = set()
+        self.counter: StepCounter | None = None
+        self.count: Any = None
+        self.sampler: HostSampler | None = None
+        self.horizon = Horizon()
+        self.horizon.install()
+        self.patches = Patches()
+        self.seen = {"autocast": False, "scaler": False, "attention": False, "seeded": False}
+        self.first_step: float | None = None
+        self.told = 0.0
+        self.done = False
+        self.profile: Any = None
+
+    # -- what the script does ------------------------------------------------------------------------------------
+
+    def torch_ready(self, torch: ModuleType) -> None:
+        """Listen for what techniques must know: autocast, a gradient scaler, attention, seeds."""
+        self.torch = torch
+        seen, patches = self.seen, self.patches
+        autocast = torch.amp.autocast_mode.autocast
+        enter = autocast.__enter__
+
+        def __enter__(context: Any) -> Any:
+            if getattr(context, "_enabled", False):
+                seen["autocast"] = True
+            return enter(context)
+
+        patches.set(autocast, "__enter__", __enter__)
+        scaler = torch.amp.GradScaler
+        scale = scaler.scale
+
+        def scale_seen(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this.is_enabled():
+                seen["scaler"] = True
+            return scale(this, *args, **kwargs)
+
+        patches.set(scaler, "scale", scale_seen)
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def attention_seen(*args: Any, **kwargs: Any) -> Any:
+            seen["attention"] = True
+            return attention(*args, **kwargs)
+
+        patches.set(torch.nn.functional, "scaled_dot_product_attention", attention_seen)
+        seed = torch.manual_seed
+
+        def manual_seed(value: int) -> Any:
+            seen["seeded"] = True
+            return seed(value)
+
+        patches.set(torch, "manual_seed", manual_seed)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the step; count one; stop when enough has been seen."""
+        if self.done:
+            # Something swallowed the end of the watching (a thread): nothing of the script may go on.
+            self._hold()
+        now = time.perf_counter()
+        self.records.append(record)
+        values = loss_values(record)
+        loss = total_loss(values)
+        if loss is not None:
+            self.losses.append(loss)
+        if self.first_step is None:
+            self.first_step = now
+            self._start_sampler()
+        if self.counter is not None:
+            self.left_out.add(record.number)
+            self.count = self.counter.stop()
+            self.counter = None
+        elif record.number + 1 == COUNTED and not self._compiled():
+            self.counter = StepCounter()
+            try:
+                self.counter.start()
+            except Exception:
+                self.counter = None
+        self._trace(record)
+        if now - self.told > 0.25:
+            self.told = now
+            self._tell({"kind": "progress", "steps": len(self.records), "seconds": now - self.first_step})
+        if self._enough(now - self.first_step):
+            self._end("enough seen")
+
+    def _compiled(self) -> bool:
+        dynamo = sys.modules.get("torch._dynamo")
+        return dynamo is not None and bool(getattr(dynamo.utils, "counters", {}).get("stats"))
+
+    def _start_sampler(self) -> None:
+        folder = str(Path(self.spec.target).resolve().parent) if not self.spec.module else str(Path.cwd())
+        prefixes = tuple({sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parent.parent)})
+
+        def is_user_file(name: str) -> bool:
+            if not name or name.startswith("<") or "site-packages" in name:
+                return False
+            return name.startswith(folder) or not name.startswith(prefixes)
+
+        self.sampler = HostSampler(self.watch.thread, is_user_file, hz=100)
+        self.sampler.start()
+
+    def _enough(self, elapsed: float) -> bool:
+        n = len(self.records)
+        if n >= self.most_steps or elapsed >= self.limit:
+            return True
+        if n < self.least_steps or elapsed < 2.0 or n % 5:
+            return False
+        found = anatomy(self.records, startup=None, left_out=frozenset(self.left_out))
+        # An interval can only be trusted from enough independent stretches.
+        return elapsed >= min(6.0, self.limit) and narrow_enough(found.step, 0.02)
+
+    def _trace(self, record: StepRecord) -> None:
+        """A capped profiler trace of three steps, on request only."""
+        if not self.trace_file:
+            return
+        if record.number == COUNTED + 1:
+            self.profile = self.torch.profiler.profile(record_shapes=True)
+            self.profile.__enter__()
+        elif self.profile is not None and record.number == COUNTED + 4:
+            self.profile.__exit__(None, None, None)
+            self.profile.export_chrome_trace(str(Path(self.spec.record) / "trace.json"))
+            self.profile = None
+        if self.profile is not None or record.number == COUNTED + 4:
+            self.left_out.add(record.number)
+
+    def finish(self, error: BaseException | None) -> None:
+        """The script ended by itself: report what was seen up to there."""
+        if not self.done:
+            self._end(describe(error), code=exit_code(error), hold=False)
+
+    # -- the report ----------------------------------------------------------------------------------------------
+
+    def _end(self, how: str, code: int | None = None, hold: bool = True) -> None:
+        self.done = True
+        if self.sampler is not None:
+            self.sampler.stop()
+        message: dict[str, Any] = {"kind": "diagnosis", "how": how, "code": code, "steps": len(self.records)}
+        if self.records and self.torch is not None:
+            message["measurement"] = msgspec.to_builtins(self.measurement())
+            message["count"] = None if self.count is None else msgspec.to_builtins(self.count)
+            message["files"] = self._files()
+        else:
+            message["torch"] = self.torch is not None
+            message["backward"] = self.watch.loss_seen
+        self._tell(message)
+        if hold:
+            self._hold()
+
+    def _files(self) -> list[str]:
+        """The script and the modules beside it that it imported: what a plan depends on."""
+        if self.spec.module:
+            folder = Path.cwd()
+        else:
+            folder = Path(self.spec.target).resolve().parent
+        found = set()
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__file__", None)
+            if isinstance(name, str) and name.endswith(".py"):
+                path = Path(name)
+                if path.is_relative_to(folder) and "site-packages" not in path.parts and path.exists():
+                    found.add(str(path.relative_to(folder)))
+        return sorted(found)[:500]
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        try:
+            self.channel.send(message)
+        except ChannelClosed:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Wait to be killed; nothing of the script is unwound, so nothing of it can save over anything."""
+        threading.Event().wait(30)
+        import os
+
+        os._exit(0)
+
+    def measurement(self) -> Measurement:
+        """Everything seen, as a record."""
+        watch = self.watch
+        training = self._training_loader()
+        facts = self._facts(training)
+        startup = None if watch.first_work is None else watch.first_work - watch.born
+        found = anatomy(
+            self.records,
+            startup=startup,
+            batch_size=getattr(training, "batch_size", None),
+            on_device=facts.device != "cpu",
+            left_out=frozenset(self.left_out),
+        )
+        sampler = self.sampler
+        lines = tuple(_per_step(line, found.step.value) for line in sampler.lines()) if sampler is not None else ()
+        share = watching_cost(watch, self.torch, self.records) if found.step.value else None
+        overhead = None
+        if share is not None and found.step.value:
+            sampling = sampler.cpu_share() if sampler is not None else 0.0
+            overhead = Quantity(value=share / found.step.value + sampling, unit="fraction", basis="estimated")
+        return Measurement(
+            script=self.spec.target,
+            arguments=self.spec.arguments,
+            created=time.strftime("%Y-%m-%d %H:%M:%S"),
+            anatomy=found,
+            facts=facts,
+            lines=lines,
+            syncs_note="not applicable on CPU" if facts.device == "cpu" else "not measured in this version",
+            overhead=overhead,
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.watch.grad_only and not self.watch.loss_seen:
+            notes.append("the script uses torch.autograd.grad only: its loss is not seen, so nothing can be proven")
+        if len(self.watch.optimizers) > 1:
+            notes.append(f"{len(self.watch.optimizers)} optimizers make one global step")
+        return tuple(notes)
+
+    def _training_loader(self) -> Any:
+        best, most = None, -1.0
+        for reference in self.watch.loaders:
+            loader = reference()
+            if loader is not None and not self.watch.evaluation_only(loader):
+                batches = self.watch.waits.get(id(loader), [0.0, 0.0])[1]
+                if batches > most:
+                    best, most = loader, batches
+        return best
+
+    def _facts(self, training: Any) -> ScriptFacts:
+        watch = self.watch
+        models = []
+        for reference in watch.models:
+            module = reference()
+            if module is not None:
+                found = model_facts(module)
+                models.append(msgspec.structs.replace(found, input_shapes=watch.shapes.get(id(module), ())))
+        optimizers = []
+        for reference in watch.optimizers:
+            optimizer = reference()
+            if optimizer is not None:
+                found_optimizer = optimizer_facts(optimizer)
+                closure = id(optimizer) in watch.closures
+                optimizers.append(msgspec.structs.replace(found_optimizer, closure=closure))
+        loaders = []
+        for reference in watch.loaders:
+            loader = reference()
+            if loader is None:
+                continue
+            trains = not watch.evaluation_only(loader)
+            wait, batches = watch.waits.get(id(loader), [0.0, 0.0])
+            facts = loader_facts(loader, trains)
+            if batches:
+                seconds = Quantity(value=wait / batches, unit="s", n=int(batches))
+                facts = msgspec.structs.replace(facts, wait=seconds)
+            loaders.append(facts)
+        device = next((model.device for model in models if model.device != "cpu"), "cpu")
+        per_epoch = None
+        try:
+            per_epoch = len(training) if training is not None else None
+        except TypeError:
+            pass
+        batches_per_step = mean_interval([float(r.batches) for r in self.records[-50:]]).or_else(1.0)
+        script = "" if self.spec.module else self.spec.target
+        process = process_facts(script)
+        return ScriptFacts(
+            models=tuple(models),
+            optimizers=tuple(optimizers),
+            loaders=tuple(loaders),
+            device=device,
+            autocast=self.seen["autocast"],
+            grad_scaler=self.seen["scaler"],
+            create_graph=watch.create_graph,
+            attention=self.seen["attention"],
+            loss_seen=watch.loss_seen,
+            losses=tuple(self.losses[:200]),
+            seeded=self.seen["seeded"],
+            steps_total=self.horizon.steps(per_epoch, batches_per_step),
+            distributed=self._distributed(),
+            **process,
+        )
+
+    def _distributed(self) -> bool:
+        try:
+            return bool(self.torch.distributed.is_available() and self.torch.distributed.is_initialized())
+        except AttributeError:
+            return False
+
+
+def _per_step(line: LineCost, step: float | None) -> LineCost:
+    """The sampler's seconds are in total; shown are seconds of a step."""
+    share = line.share
+    if step is None or share.value is None:
+        return line
+    seconds = Quantity(
+        value=share.value * step,
+        unit="s",
+        low=None if share.low is None else share.low * step,
+        high=None if share.high is None else share.high * step,
+        n=share.n,
+    )
+    return msgspec.structs.replace(line, seconds=seconds)

@@ -1,0 +1,53 @@
+"""What watching costs, calibrated in the process itself after the watching has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from upshift.measure.steps import StepRecord
+
+if TYPE_CHECKING:
+    from upshift.hook.watch import Watch
+
+ROUNDS = 2000
+
+
+def watching_cost(watch: Watch, torch: Any, records: Sequence[StepRecord]) -> float:
+    """Seconds a step that the patches cost: calls seen in a step times the cost of one, measured on an empty module.
+
+    Every call of a submodule passes through the patched `__call__` too; submodules are counted once a forward.
+    """
+
+    class Empty(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return x
+
+    module = Empty()
+    original = module._wrapped_call_impl
+    state = {name: getattr(watch, name) for name in ("forward", "accounted", "calls", "inner", "events")}
+    events = watch.events
+
+    def timed(call: Any) -> float:
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
+            call(1)
+        return (time.perf_counter() - start) / ROUNDS
+
+    plain = min(timed(original) for _ in range(3))
+    root = min(timed(module) for _ in range(3)) - plain
+    watch._depth = 1
+    try:
+        inside = min(timed(module) for _ in range(3)) - plain
+    finally:
+        watch._depth = 0
+    for name, value in state.items():
+        setattr(watch, name, value)
+    submodules = 0
+    for reference in watch.models:
+        model = reference()
+        if model is not None:
+            submodules += sum(1 for _ in model.modules())
+    steps = max(len(records), 1)
+    return max(root, 0.0) * events / steps + max(inside, 0.0) * submodules

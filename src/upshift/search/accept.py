@@ -1,0 +1,158 @@
+"""The acceptance rule: what the evidence about one plan, against stock, adds up to.
+
+Which evidence is owed depends on what the plan does to the numbers (the weakest kind among its techniques):
+
+kind               passes when                                                        rung
+bitwise            losses and final parameters are identical                          bitwise
+rounding           every update check passed and the upper bound of the lag <= 1 %    trajectory
+reseeds            the same, the bound being the seed-to-seed spread where known      trajectory
+changes_training   never here: it needs the user's metric                             none
+
+Between `trajectory` and rejection stands `update`: the updates agree, and the curves cannot tell. It passes with
+`weaker` saying why, and the caller compares the rung with the one required:
+
+- the horizon was too short or the curve flat, and no harm was seen;
+- several optimizers work against one another, so that no single loss has to fall.
+
+Shown harm rejects: a lower bound of the lag above zero together with an upper bound above the margin (whatever is
+left of the interval, a lag is there and it may be too large), an estimate or a bound far beyond the margin, on a flat
+curve a clearly higher planned loss, a planned loss that is not finite. For one shape of D(t) = planned - stock, more
+of it moves the verdict only from `trajectory` over `update` to rejection. A plan that learns faster per step than
+stock is not rejected for that, but the proof says so: such a difference is not rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from upshift.measure.lag import MARGIN, LagResult
+from upshift.records.trial import Proof, Rung, UpdateCheck
+from upshift.search.updates import NOTHING_MOVED
+from upshift.sites import Numerics
+
+#: An estimate of the lag above this is harm, however wide its interval.
+FAR = 0.05
+#: An interval of the lag that reaches above this has shown nothing worth keeping.
+WIDE = 0.25
+#: On a flat curve: a planned loss higher by this share of the starting loss is harm.
+FLAT_MARGIN = 0.005
+
+
+def accept(
+    numerics: Numerics,
+    *,
+    bitwise_equal: bool | None,
+    updates: Sequence[UpdateCheck],
+    lag: LagResult | None,
+    losses_seen: bool,
+    several_optimizers: bool = False,
+    seed_spread: float | None = None,
+    has_dropout: bool = False,
+) -> Proof:
+    """Whether a plan may be kept, and on what evidence.
+
+    Args:
+        numerics: the weakest kind among the techniques of the plan.
+        bitwise_equal: losses of the whole trial and final parameters are identical; None where not compared.
+        updates: checks of rung 1, at different steps.
+        lag: of the paired losses; None where there are none to pair.
+        losses_seen: a loss was seen in both arms.
+        several_optimizers: more than one optimizer per global step (a GAN).
+        seed_spread: lag between two seeds of stock (fraction); for `reseeds` only.
+        has_dropout: the model draws random masks while training.
+
+    Returns:
+        A `Proof`. Rejected ones have rung `none`, whatever was reached before, so that nothing reads them as evidence.
+    """
+    weaker: list[str] = []
+    if has_dropout and numerics is not Numerics.BITWISE:
+        weaker.append("updates were compared with dropout off")
+
+    def proof(rung: Rung, passed: bool, reason: str) -> Proof:
+        return Proof(
+            rung=rung if passed else "none",
+            passed=passed,
+            reason=reason,
+            steps=lag.steps if lag else 0,
+            lag=lag.lag if lag else None,
+            lag_high=lag.high if lag else None,
+            smallest_lag=lag.smallest if lag else None,
+            updates=tuple(updates),
+            bitwise=bitwise_equal,
+            weaker="; ".join(weaker) if passed else "",
+        )
+
+    if numerics is Numerics.CHANGES_TRAINING:
+        return proof("none", False, "it changes the training itself: only a metric on whole runs can accept it")
+    if not losses_seen:
+        return proof("none", False, "not shown: no loss was seen")
+    if lag is not None and not lag.finite:
+        return proof("none", False, "the planned loss is not finite")
+    failed = [check for check in updates if not check.passed]
+    if failed:
+        first = failed[0]
+        return proof(
+            "none",
+            False,
+            f"the updates of step {first.step} differ more than precision explains: cosine {first.cosine:.4f}, norm "
+            f"ratio {first.norm_ratio:.4f}, worst in {first.worst or 'no single parameter'}",
+        )
+    if numerics is Numerics.BITWISE:
+        if bitwise_equal:
+            return proof("bitwise", True, "losses and final parameters are identical")
+        said = "not shown: bits were not compared" if bitwise_equal is None else "not identical to stock"
+        return proof("none", False, said)
+    if bitwise_equal:
+        return proof("bitwise", True, "losses and final parameters are identical")
+    if not any(check.worst != NOTHING_MOVED for check in updates):
+        return proof("none", False, "not shown: no parameter update was compared")
+    if several_optimizers:
+        weaker.append("several optimizers: no single loss has to fall, so the trajectory proves little")
+        return proof("update", True, "updates agree")
+    if lag is None:
+        weaker.append("no paired losses")
+        return proof("update", True, "updates agree")
+    return _by_lag(numerics, lag, seed_spread, weaker, proof)
+
+
+def _by_lag(
+    numerics: Numerics,
+    lag: LagResult,
+    seed_spread: float | None,
+    weaker: list[str],
+    proof: Callable[[Rung, bool, str], Proof],
+) -> Proof:
+    """The verdict of the trajectory, all update checks having passed."""
+    allowed = MARGIN
+    if numerics is Numerics.RESEEDS:
+        if seed_spread is not None and math.isfinite(seed_spread):
+            allowed = max(MARGIN, seed_spread)
+        weaker.append("another random stream: the curves differ as those of two seeds do")
+    if lag.identical:
+        return proof("trajectory", True, "losses are identical")
+    if lag.flat:
+        # A flat stock curve has no lag, but a planned curve that rises above it is harm all the same.
+        if lag.excess_low is not None and lag.excess_low > FLAT_MARGIN:
+            return proof("none", False, f"the planned loss is higher by {lag.excess:.2%} of the starting loss")
+        weaker.append(lag.reason)
+        return proof("update", True, f"updates agree; {lag.reason}")
+    if lag.lag is None or lag.low is None or lag.high is None:
+        weaker.append(lag.reason)
+        return proof("update", True, f"updates agree; {lag.reason}")
+    if lag.high < -MARGIN and numerics is not Numerics.RESEEDS:
+        weaker.append(f"the loss falls faster per step than stock (lag {lag.lag:.2%}), which rounding does not explain")
+    if lag.high <= allowed:
+        return proof("trajectory", True, f"lag {lag.lag:+.2%}, at most {lag.high:+.2%} in {lag.steps} steps")
+    # Two seeds of one and the same training lie apart: there, a lag other than zero is not yet harm.
+    if numerics is Numerics.RESEEDS:
+        harm = lag.low > allowed
+    else:
+        harm = lag.low > 0.0 or (lag.excess_low is not None and lag.excess_low > 0.0)
+    if harm:
+        return proof("none", False, f"it needs more steps: lag {lag.lag:+.2%}, {lag.low:+.2%} to {lag.high:+.2%}")
+    if lag.lag > max(FAR, allowed) or lag.high > max(WIDE, allowed):
+        return proof("none", False, f"not shown: lag {lag.lag:+.2%}, up to {lag.high:+.2%} in {lag.steps} steps")
+    smallest = f"{lag.smallest:.2%}" if lag.smallest is not None else "more"
+    weaker.append(f"{lag.steps} steps are too few for the curves: the smallest lag they could have shown is {smallest}")
+    return proof("update", True, f"updates agree; lag {lag.lag:+.2%}, compatible with none")

@@ -1,0 +1,425 @@
+"""The search: diagnose's order, screening, confirmation, attribution, inside a budget.
+
+Only what was confirmed in two fresh processes enters the plan. "Keep your baseline" is an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from upshift.records import Measurement, Pairing, Trial
+from upshift.records.plan import Kept, Rejected
+from upshift.search.candidates import Candidate, candidates, conflicting, forecast
+from upshift.search.confirm import Confirmation, confirm
+from upshift.search.duel import ArmFailed, ArmPlan, Duel
+from upshift.search.screening import LiveScreen, ProcessScreen
+from upshift.sites import Numerics, Technique
+from upshift.sites.runner import ChildSpec, Runner
+from upshift.units import seconds as in_words
+
+#: Shares of the budget.
+LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 0.10
+
+#: From the least to the most that can go wrong; what fails a proof is dropped from the end of this order first.
+_RISK = {Numerics.BITWISE: 0, Numerics.ROUNDING: 1, Numerics.RESEEDS: 2, Numerics.CHANGES_TRAINING: 3}
+
+
+@dataclass
+class Options:
+    """What the person asked for."""
+
+    budget: float = 180.0
+    only: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    untested: bool = False
+    steps_planned: int | None = None
+    timeout: float = 60.0
+    seed: int = 0
+    child: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What the search found."""
+
+    kept: tuple[Kept, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    confirmation: Confirmation | None = None
+    verdict: str = ""
+    forecast: str = ""
+    interrupted: bool = False
+    seconds: float = 0.0
+    break_even: float | None = None
+
+
+class Autopilot:
+    """Searches a plan for one script on this machine."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        base: ChildSpec,
+        seen: Measurement,
+        techniques: Mapping[str, Technique],
+        options: Options,
+        say: Callable[[str], None],
+        on_trial: Callable[[Trial], None] = lambda trial: None,
+        earlier: tuple[Trial, ...] = (),
+    ) -> None:
+        """
+        Args:
+            base: target, arguments and options every child shares.
+            seen: the diagnosis.
+            say: told what is going on, for the progress line.
+            on_trial: told of every trial as it ends.
+            earlier: trials of an interrupted search of the same script, not to be repeated.
+        """
+        self.runner = runner
+        self.base = base
+        self.seen = seen
+        self.techniques = dict(techniques)
+        self.options = options
+        self.say = say
+        self.on_trial = on_trial
+        self.earlier = {
+            (trial.name, str(sorted(trial.reference))): trial for trial in earlier if trial.stage == "screen"
+        }
+        self.trials: list[Trial] = []
+        self.began = time.monotonic()
+        self.step = max(seen.anatomy.step.or_else(0.05), 1e-4)
+        self.startup = seen.anatomy.startup.or_else(5.0) + 2.0
+        self.steps_per_epoch = _steps_per_epoch(seen)
+        self.planned = options.steps_planned or seen.facts.steps_total
+        self._seed = options.seed
+        self._dropped: dict[str, str] = {}
+        self._final: ArmPlan = {}
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _duel(self) -> Duel:
+        self._seed += 1
+        base = msgspec.structs.replace(self.base, seed=self.options.seed)
+        patience = max(180.0, 6 * self.startup + 20 * self.step)
+        timeout = max(self.options.timeout, 60 * self.step)
+        return Duel(self.runner, base, timeout=timeout, patience=patience, seed=self._seed)
+
+    def _left(self) -> float:
+        return self.options.budget - (time.monotonic() - self.began)
+
+    def _add(self, trial: Trial) -> Trial:
+        self.trials.append(trial)
+        self.on_trial(trial)
+        return trial
+
+    def _remaining_seconds(self) -> float | None:
+        return None if self.planned is None else self.planned * self.step
+
+    def _pays(self, candidate: Candidate, cost: float) -> str:
+        """Why a trial would not pay for itself over the training that remains, or the empty string.
+
+        The gain predicted is halved: a candidate is as likely as not to bring nothing.
+        """
+        remaining = self._remaining_seconds()
+        if remaining is None:
+            return ""
+        expected = 0.5 * remaining * (1.0 - 1.0 / max(candidate.gain, 1.05))
+        if expected >= cost:
+            return ""
+        return (
+            f"would not pay: it could save about {in_words(expected)} of the {in_words(remaining)} planned, "
+            f"the trial costs {in_words(cost)}; --steps-planned N says if more is planned"
+        )
+
+    def _skipped(self, candidate: Candidate, reason: str, base: ArmPlan) -> None:
+        self._add(
+            Trial(name=candidate.label, candidate={**base, candidate.name: candidate.settings}, reference=dict(base),
+                  outcome="not tried", reason=reason, stage="screen")
+        )  # fmt: skip
+
+    def plan_ahead(self) -> str:
+        """What would be tried, in which order, and what it would cost (`--dry-run`)."""
+        found, refused = self._candidates()
+        live = sum(item.live for item in found)
+        lines = [forecast(self.startup, self.step, self.options.budget, live, len(found) - live), "would try:"]
+        for item in sorted(found, key=lambda item: not item.live):
+            lines.append(f"  {item.label}: predicted {item.gain:.2f}x; {item.reason}")
+        lines.append("would not try:")
+        lines += [f"  {trial.name}: {trial.reason}" for trial in refused]
+        return "\n".join(lines)
+
+    def _candidates(self) -> tuple[list[Candidate], list[Trial]]:
+        options = self.options
+        return candidates(
+            self.techniques.values(),
+            self.seen,
+            only=options.only,
+            leave_out=options.leave_out,
+            untested=options.untested,
+        )
+
+    # -- the search ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Search until done, out of budget or interrupted."""
+        found, refused = self._candidates()
+        for trial in refused:
+            self._add(trial)
+        live = [item for item in found if item.live]
+        process = [item for item in found if not item.live]
+        told = forecast(self.startup, self.step, self.options.budget, len(live), len(process))
+        self.say(told)
+        outcome = Outcome(forecast=told)
+        plan: ArmPlan = {}
+        try:
+            if self.seen.facts.loss_seen:
+                plan = self._screen_process(process, self._screen_live(live))
+            confirmation = self._confirm(plan) if plan else None
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            confirmation = None
+        outcome.confirmation = confirmation
+        self._conclude(outcome, confirmation)
+        outcome.trials = tuple(self.trials)
+        outcome.seconds = time.monotonic() - self.began
+        return outcome
+
+    def _known(self, candidate: Candidate, base: ArmPlan) -> Trial | None:
+        return self.earlier.get((candidate.label, str(sorted(base))))
+
+    def _screen_live(self, found: list[Candidate]) -> ArmPlan:
+        if not found:
+            return {}
+        share = self.options.budget * LIVE_SHARE - self.startup
+        each = min(max(share / len(found), 4.0, 6 * 4 * self.step), 15.0 + 30 * self.step)
+        screen = LiveScreen(self._duel, self.say)
+        try:
+            for candidate in found:
+                self._try(candidate, screen.on, each, each + self.startup / len(found), screen.tried)
+        finally:
+            screen.close()
+        return dict(screen.on)
+
+    def _screen_process(self, found: list[Candidate], base: ArmPlan) -> ArmPlan:
+        if not found:
+            return base
+        share = self.options.budget * PROCESS_SHARE
+        each = min(max(share / len(found) - self.startup, 6.0, 6 * 4 * self.step), 20.0 + 30 * self.step)
+        screen = ProcessScreen(self._duel, base, self.say, self.steps_per_epoch)
+        reserve = self.options.budget * CONFIRM_SHARE
+        try:
+            for candidate in found:
+                cost = each + self.startup
+                if candidate.fills and self.steps_per_epoch:
+                    epoch = self.steps_per_epoch * self.step
+                    if epoch > 0.4 * self.options.budget:
+                        self._skipped(
+                            candidate,
+                            f"its steady state begins after one epoch, about {in_words(epoch)}; "
+                            f"a larger --budget buys that",
+                            screen.base,
+                        )
+                        continue
+                    cost += epoch
+                if self._left() - cost < reserve:
+                    self._skipped(candidate, "the budget is used up; --budget buys more", screen.base)
+                    continue
+                self._try(candidate, screen.base, each, cost, screen.tried)
+        finally:
+            screen.close()
+        return dict(screen.base)
+
+    def _try(
+        self,
+        candidate: Candidate,
+        base: ArmPlan,
+        seconds: float,
+        cost: float,
+        tried: Callable[[Candidate, float], Trial],
+    ) -> None:
+        if candidate.name in base:
+            return  # a better setting of it is already in
+        other = conflicting(candidate.name, base, self.techniques)
+        if other:
+            self._skipped(candidate, f"conflicts with {other}, which is faster", base)
+            return
+        refusal = self._pays(candidate, cost)
+        if refusal:
+            self._skipped(candidate, refusal, base)
+            return
+        known = self._known(candidate, base)
+        if known is not None:
+            self._add(known)
+            if known.outcome == "faster" and isinstance(base, dict):
+                base[candidate.name] = candidate.settings
+            return
+        self._add(tried(candidate, seconds))
+
+    # -- confirmation --------------------------------------------------------------------------------------------
+
+    def numerics(self, plan: ArmPlan) -> dict[str, Numerics]:
+        """What each technique of a plan does to the numbers of this script."""
+        return {
+            name: self.techniques[name].numerics(dict(settings), self.seen.facts) for name, settings in plan.items()
+        }
+
+    def _confirm(self, plan: ArmPlan) -> Confirmation | None:
+        """Confirm the plan; where the proof fails, drop the riskiest technique and try once more."""
+        has_dropout = any("Dropout" in layer for model in self.seen.facts.models for layer in model.layers)
+        live = {name: self.techniques[name].card.switchable == "live" for name in plan}
+        last: Confirmation | None = None
+        for attempt in range(3):
+            if not plan:
+                return last
+            kinds = self.numerics(plan)
+            spare = self._left() - 2 * self.startup - 2 * 12 * self.step
+            seconds = min(max(self.options.budget * CONFIRM_SHARE, 20.0), max(spare, 15.0))
+            try:
+                last = confirm(
+                    self._duel,
+                    plan,
+                    seconds,
+                    numerics=max(kinds.values(), key=lambda kind: _RISK[kind]),
+                    dtype="bfloat16" if "bf16" in plan else "float32",
+                    live=live,
+                    has_dropout=has_dropout,
+                    steps_per_epoch=self.steps_per_epoch,
+                    fills=any(self.techniques[name].card.one_off and "data" in self.techniques[name].card.targets
+                              for name in plan),
+                    say=self.say,
+                    attribute_seconds=min(self.options.budget * ATTRIBUTION_SHARE, max(self._left(), 8.0)),
+                )  # fmt: skip
+            except ArmFailed as failed:
+                dropped = failed.techniques or (self._riskiest(plan, kinds),)
+                self._add(
+                    Trial(name=" + ".join(plan), candidate=dict(plan), reference={}, outcome="failed",
+                          reason=failed.reason, stage="confirm", failure=failed.reason)
+                )  # fmt: skip
+                plan = {name: settings for name, settings in plan.items() if name not in dropped}
+                continue
+            self._add(
+                Trial(name=" + ".join(plan), candidate=dict(plan), reference={},
+                      outcome="faster" if last.decision == "faster" and last.proof.passed
+                      else "not shown" if not last.proof.passed else "no change",
+                      reason=last.proof.reason if not last.proof.passed else "", stage="confirm",
+                      pairing=last.pairing, proof=last.proof)
+            )  # fmt: skip
+            if last.proof.passed and last.decision == "faster":
+                self._final = plan
+                return last
+            if last.proof.passed or attempt == 2 or self._left() < 2 * self.startup + 20:
+                return last
+            riskiest = self._riskiest(plan, kinds)
+            self.say(f"quality not shown with {' + '.join(plan)}; once more without {riskiest}")
+            self._dropped[riskiest] = last.proof.reason
+            plan = {name: settings for name, settings in plan.items() if name != riskiest}
+        return last
+
+    def _riskiest(self, plan: ArmPlan, kinds: Mapping[str, Numerics]) -> str:
+        """The technique most likely to have failed a proof: the least exact kind; bf16 before other rounding."""
+        return max(plan, key=lambda name: (_RISK[kinds[name]], name == "bf16", name == "compile"))
+
+    # -- the outcome ---------------------------------------------------------------------------------------------
+
+    def _conclude(self, outcome: Outcome, confirmation: Confirmation | None) -> None:
+        plan = self._final
+        good = (
+            confirmation is not None
+            and confirmation.proof.passed
+            and confirmation.decision == "faster"
+            and confirmation.pairing is not None
+        )
+        kept: list[Kept] = []
+        if good and confirmation is not None and confirmation.pairing is not None:
+            kinds = self.numerics(plan)
+            for name, settings in plan.items():
+                if name in confirmation.no_effect:
+                    continue
+                screened = self._screened(name)
+                alone = confirmation.attribution.get(name)
+                kept.append(
+                    Kept(
+                        name=name,
+                        settings=dict(settings),
+                        numerics=str(kinds[name]),
+                        speedup=None if screened is None else screened.ratio,
+                        low=None if screened is None else screened.low,
+                        high=None if screened is None else screened.high,
+                        pairs=0 if screened is None else screened.quads,
+                        attribution=None if alone is None else alone.ratio,
+                        attribution_low=None if alone is None else alone.low,
+                        attribution_high=None if alone is None else alone.high,
+                        note="" if alone is not None else "taken alone: not resolved; the figure is from screening",
+                    )
+                )
+            outcome.break_even = _break_even(confirmation)
+        outcome.kept = tuple(kept)
+        names = {item.name for item in kept}
+        rejected: dict[str, Rejected] = {}
+        for trial in self.trials:
+            name = trial.name.partition("(")[0]
+            if trial.stage not in ("check", "screen") or name in names:
+                continue
+            pairing = trial.pairing
+            reason = trial.reason
+            if trial.outcome == "faster":
+                reason = self._dropped.get(name) or "faster when screened, not confirmed"
+            rejected[trial.name] = Rejected(
+                name=trial.name,
+                reason=reason,
+                speedup=None if pairing is None else pairing.ratio,
+                low=None if pairing is None else pairing.low,
+                high=None if pairing is None else pairing.high,
+            )
+        outcome.rejected = tuple(rejected.values())
+        outcome.verdict = self._verdict(outcome, confirmation, bool(kept))
+
+    def _screened(self, name: str) -> Pairing | None:
+        for trial in self.trials:
+            if trial.stage == "screen" and trial.name.partition("(")[0] == name and trial.outcome == "faster":
+                return trial.pairing
+        return None
+
+    def _verdict(self, outcome: Outcome, confirmation: Confirmation | None, good: bool) -> str:
+        if good and confirmation is not None and confirmation.pairing is not None:
+            pairing, proof = confirmation.pairing, confirmation.proof
+            names = " + ".join(item.name for item in outcome.kept)
+            text = (
+                f"{names}: {pairing.ratio:.2f}x faster steps (at least {pairing.low:.2f}x at 99 %, "
+                f"{pairing.quads} quads); quality shown to rung '{proof.rung}' over {proof.steps} steps."
+            )
+            if proof.weaker:
+                text += f" The proof is weaker than usual: {proof.weaker}."
+            if outcome.break_even:
+                text += f" One-off costs pay back after {outcome.break_even:,.0f} steps."
+            return text
+        if outcome.interrupted:
+            return "Interrupted before anything was confirmed: keep your baseline (tune --resume goes on from here)."
+        if not self.seen.facts.loss_seen:
+            return "Keep your baseline: no scalar loss was seen at a backward call, so quality cannot be shown."
+        if confirmation is not None and not confirmation.proof.passed:
+            return f"Keep your baseline: faster, but quality was not shown: {confirmation.proof.reason}."
+        if confirmation is not None:
+            return "Keep your baseline: what looked faster when screened was not confirmed in fresh processes."
+        return "Keep your baseline: nothing tried made the training step faster beyond the noise."
+
+
+def _break_even(confirmation: Confirmation) -> float | None:
+    pairing = confirmation.pairing
+    if pairing is None or confirmation.one_off <= 0:
+        return None
+    saved = pairing.reference_step - pairing.candidate_step
+    return confirmation.one_off / saved if saved > 0 else None
+
+
+def _steps_per_epoch(seen: Measurement) -> float | None:
+    """Global steps an epoch of the training loader makes; None without one."""
+    for loader in seen.facts.loaders:
+        if loader.training and loader.samples and loader.batch_size:
+            batches = -(-loader.samples // loader.batch_size)
+            return max(batches / max(seen.anatomy.micro_batches.or_else(1.0), 1.0), 1.0)
+    return None

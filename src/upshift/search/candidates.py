@@ -1,0 +1,100 @@
+"""What to try, in which order, and what a budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from upshift.records import Measurement, Trial
+from upshift.records.plan import Setting
+from upshift.records.quantity import Record
+from upshift.sites import Technique
+from upshift.units import seconds as in_words
+
+
+class Candidate(Record, frozen=True):
+    """One technique with settings to try. `gain` is the predicted speed-up (1.0 where nothing can be predicted)."""
+
+    name: str
+    settings: dict[str, Setting]
+    live: bool
+    gain: float
+    reason: str
+    fills: bool = False
+    """Reaches its steady state only after an epoch (a cache of the data)."""
+
+    @property
+    def label(self) -> str:
+        """`loader(workers=2)`."""
+        inside = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def candidates(
+    techniques: Iterable[Technique],
+    seen: Measurement,
+    *,
+    only: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    untested: bool = False,
+) -> tuple[list[Candidate], list[Trial]]:
+    """The candidates, the most promising first, and a trial record for every technique that is not one."""
+    found: list[Candidate] = []
+    refused: list[Trial] = []
+    for technique in techniques:
+        card = technique.card
+        reason = ""
+        if only and card.name not in only:
+            reason = "not asked for"
+        elif card.name in leave_out:
+            reason = "left out on request"
+        elif seen.facts.device.split(":")[0] not in card.tested_on and not (untested or card.name in only):
+            reason = f"untested on {seen.facts.device}; name it with --only {card.name} to try it"
+        verdict = None
+        if not reason:
+            verdict = technique.check(seen)
+            reason = "" if verdict.applies else verdict.reason
+        if reason or verdict is None:
+            refused.append(
+                Trial(name=card.name, candidate={card.name: {}}, reference={}, outcome="not applicable",
+                      reason=reason, stage="check")
+            )  # fmt: skip
+            continue
+        for settings in verdict.candidates or ({},):
+            found.append(
+                Candidate(
+                    name=card.name,
+                    settings=dict(settings),
+                    live=card.switchable == "live",
+                    gain=verdict.gain if verdict.gain is not None else 1.0,
+                    reason=verdict.reason,
+                    fills=card.one_off and "data" in card.targets,
+                )
+            )
+    found.sort(key=lambda item: -item.gain)
+    return found, refused
+
+
+def conflicting(name: str, chosen: Iterable[str], techniques: dict[str, Technique]) -> str:
+    """The name of a chosen technique that conflicts with `name`, or the empty string."""
+    for other in chosen:
+        if other == name:
+            continue
+        if other in techniques[name].card.conflicts or name in techniques[other].card.conflicts:
+            return other
+    return ""
+
+
+def forecast(startup: float, step: float, budget: float, live: int, process: int) -> str:
+    """What the budget buys, said before it is spent: `start-up 9 s, step 0.5 s: this buys 14 trials`."""
+    spare = max(budget * 0.6 - startup, 0.0)
+    each_live = max(8 * 4 * step, 4.0)
+    each_process = startup + max(8 * 4 * step, 10.0)
+    buys = 0
+    for cost, count in ((each_live, live), (each_process, process)):
+        n = min(count, int(spare // cost)) if cost > 0 else count
+        buys += n
+        spare -= n * cost
+    return (
+        f"start-up {in_words(startup)}, step {in_words(step)}: {in_words(budget)} buy about {buys} of "
+        f"{live + process} trials and the confirmation"
+    )
