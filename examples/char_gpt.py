@@ -44,8 +44,9 @@ class Block(nn.Module):
     def attend(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x):
@@ -78,9 +79,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.ln(x))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, count: int, temperature: float = 0.8):
@@ -150,9 +150,8 @@ def main():
     cut = int(0.9 * len(data))
     splits = {"train": data[:cut], "val": data[cut:]}
 
-    model = GPT(len(chars), args.block_size, args.layers, args.heads, args.width, args.dropout).to(
-        args.device
-    )
+    model = GPT(len(chars), args.block_size, args.layers, args.heads, args.width, args.dropout)
+    model.to(args.device)
     print(f"{len(text):,} characters, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     # Matrices decay; biases and layer norms do not.
@@ -185,10 +184,9 @@ def main():
             losses = estimate_loss(model, splits, args)
             print(f"step {done} train loss {losses['train']:.4f} val loss {losses['val']:.4f}", flush=True)
 
-    if args.sample:
-        model.eval()
-        start = torch.tensor([[index["\n"]]], device=args.device)
-        print("".join(chars[i] for i in model.generate(start, args.sample)[0].tolist()))
+    model.eval()
+    start = torch.tensor([[index["\n"]]], device=args.device)
+    print("".join(chars[i] for i in model.generate(start, args.sample)[0].tolist()))
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

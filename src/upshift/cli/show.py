@@ -26,7 +26,7 @@ OURS = ("--budget", "--only", "--without", "--dry-run", "--plan", "--no-plan", "
         "--steps-planned", "--trace", "--quiet", "--json")  # fmt: skip
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """`90`, `90s`, `3m`, `1h`: seconds as a float."""
 
     name = "duration"

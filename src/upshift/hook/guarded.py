@@ -34,7 +34,7 @@ class RunController(Controller):
         self.began = time.perf_counter()
         self.guarding = bool(spec.plan)
         self.plan = dict(spec.plan)
-        self.problem_seen: set[int] = set()
+        self.problem_seen: set[str] = set()
         self.window_from = 0
         self.n = 0
         self.until = 0.0
@@ -153,6 +153,11 @@ class RunController(Controller):
         self.log.close()
 
     def _flush(self, at: float) -> None:
+        for name, text in self.stage.problems().items():
+            if name not in self.problem_seen:
+                self.problem_seen.add(name)
+                self._event("guard", f"{name}: {text}")
+                self._print(f"guard: {name}: {text}")
         phases = {name: self.sums[3 + i] for i, name in enumerate(TIMED)}
         self.log.append(
             "steps",

@@ -157,6 +157,7 @@ class TrialController(Controller):
             "backwards": [len(item.losses) for item in records],
             "first": records[0].number,
             "optimizers": len(self.watch.optimizers),
+            "problems": self.stage.problems(),
         }
 
     def _synchronize(self) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import random
 import types
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -234,20 +234,34 @@ def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
                     yield f".{key}", value
 
 
-def _walk(root: Any) -> Iterator[tuple[str, Any]]:
-    """Breadth first over what can be reached from `root`: (path, object), each object once."""
+def _walk(root: Any, leaf: Callable[[Any], Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Breadth first over what can be reached from `root`, each object once: (path, object, leaf(object)).
+
+    An object for which `leaf` returns None is walked into.
+    """
     seen: dict[int, Any] = {}
     queue: list[tuple[str, Any]] = [("", root)]
     while queue and len(seen) < MAX_OBJECTS:
         following: list[tuple[str, Any]] = []
         for path, thing in queue:
-            yield path, thing
-            if isinstance(thing, _SIMPLE) or id(thing) in seen or len(seen) >= MAX_OBJECTS:
+            value = leaf(thing)
+            yield path, thing, value
+            if value is not None or id(thing) in seen or len(seen) >= MAX_OBJECTS:
                 continue
             seen[id(thing)] = thing
-            if _leaf(thing) is None:
-                following.extend((path + name, value) for name, value in _inside(thing))
+            following.extend((path + name, value) for name, value in _inside(thing))
         queue = following
+
+
+def _stops(thing: Any) -> bool | None:
+    """True for what nothing can hang below, without the cost of a print."""
+    import torch
+
+    if isinstance(thing, (*_SIMPLE, torch.Tensor, _numpy().ndarray, ctypes._SimpleCData, set, frozenset)):
+        return True
+    if isinstance(thing, _generator_kinds()):
+        return True
+    return True if isinstance(thing, (list, tuple)) and len(thing) > 64 else None
 
 
 def _leaf(thing: Any) -> tuple[Any, ...] | None:
@@ -286,8 +300,7 @@ def fingerprint(root: Any) -> dict[str, tuple[Any, ...]]:
     globals they name; anything else by identity and type. A change it misses must be caught by re-reading.
     """
     found: dict[str, tuple[Any, ...]] = {}
-    for path, thing in _walk(root):
-        print_ = _leaf(thing)
+    for path, thing, print_ in _walk(root, _leaf):
         if print_ is None:
             walked = next(iter(_inside(thing)), None) is not None
             print_ = ("object", type(thing).__qualname__, 0 if walked else id(thing))
@@ -312,7 +325,7 @@ def difference(first: dict[str, tuple[Any, ...]], second: dict[str, tuple[Any, .
 def generators(root: Any) -> tuple[Any, ...]:
     """Random generators reachable from an object, that is its own random streams."""
     kinds = _generator_kinds()
-    return tuple(thing for _, thing in _walk(root) if isinstance(thing, kinds))
+    return tuple(thing for _, thing, _ in _walk(root, _stops) if isinstance(thing, kinds))
 
 
 def tensors(root: Any) -> Iterator[Any]:
@@ -320,7 +333,7 @@ def tensors(root: Any) -> Iterator[Any]:
     import torch
 
     kinds = (torch.Tensor, _numpy().ndarray)
-    return (thing for _, thing in _walk(root) if isinstance(thing, kinds))
+    return (thing for _, thing, _ in _walk(root, _stops) if isinstance(thing, kinds))
 
 
 class Glance:

@@ -5,7 +5,7 @@ attention and recurrent layers are counted by formula, a multiply-add as two; th
 element (`formulas.elementwise_cost`); other elementwise work is counted in bytes only, as in the usual FLOP counts
 (Chowdhery et al. 2022, appendix B). The count slows every operation: it is for one step, never for the steady state.
 
-Limits: a compiled region shows the kernels it calls from outside, not those it generated; a CUDA graph replay shows
+Limits: a compiled region may show only the kernels it calls from outside, not those it generated; a CUDA graph replay shows
 nothing. Both make the count a lower bound. Nothing is counted in another thread or process.
 """
 

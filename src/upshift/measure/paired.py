@@ -173,7 +173,13 @@ class Sequential:
     """
 
     def __init__(
-        self, max_seconds: float, *, level: float = 0.99, at_least: float = AT_LEAST, first: int = 6, growth: float = 1.25
+        self,
+        max_seconds: float,
+        *,
+        level: float = 0.99,
+        at_least: float = AT_LEAST,
+        first: int = 6,
+        growth: float = 1.25,
     ) -> None:
         if not max_seconds > 0.0 or not 0.5 < level < 1.0 or first < 4 or growth <= 1.0:
             raise ValueError(f"unusable: {max_seconds=}, {level=}, {first=}, {growth=}")
@@ -217,9 +223,7 @@ class Sequential:
         share, self._spent = spent - self._spent, max(spent, self._spent)
         if share <= 1e-12:
             return
-        self._look = _record(
-            estimate(self.quads), len(self.quads), share, self.level, (0.0, 0.0), ", repeated looks"
-        )
+        self._look = _record(estimate(self.quads), len(self.quads), share, self.level, (0.0, 0.0), ", repeated looks")
         if self._look.low > self.at_least:
             self.decision = "faster"
         elif self._look.high < 1.0:

@@ -55,9 +55,7 @@ def t_tail(t: float, df: float) -> float:
         return 0.0
     if x >= 1.0:
         return 0.5
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     if x < (a + 1.0) / (a + b + 2.0):
         return 0.5 * front * _beta_fraction(a, b, x) / a
     return 0.5 * (1.0 - front * _beta_fraction(b, a, 1.0 - x) / b)
@@ -97,9 +95,9 @@ def t_quantile(p: float, df: float) -> float:
             y = (((((0.4 * y + 6.3) * y + 36.0) * y + 94.5) / c - y - 3.0) / b + 1.0) * x
             y = math.expm1(a * y * y)
         else:
-            y = ((1.0 / (((df + 6.0) / (df * y) - 0.089 * d - 0.822) * (df + 2.0) * 3.0) + 0.5 / (df + 4.0)) * y - 1.0) * (
-                df + 1.0
-            ) / (df + 2.0) + 1.0 / y
+            y = (
+                (1.0 / (((df + 6.0) / (df * y) - 0.089 * d - 0.822) * (df + 2.0) * 3.0) + 0.5 / (df + 4.0)) * y - 1.0
+            ) * (df + 1.0) / (df + 2.0) + 1.0 / y
         t = math.sqrt(df * y)
     log_scale = math.lgamma((df + 1.0) / 2.0) - math.lgamma(df / 2.0) - 0.5 * math.log(df * math.pi)
     for _ in range(8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from upshift.records.measurement import PHASES, Measurement
@@ -137,23 +138,41 @@ def phase_order(measurement: Measurement) -> list[str]:
 
 def smooth(values: Sequence[float], window: int) -> list[float | None]:
     """Centred moving mean over up to `window` finite values; None where the centre itself is not finite."""
-    half = max(window, 1) // 2
+    gaps, half = _gaps(values), max(window, 1) // 2
     result: list[float | None] = []
     for index, centre in enumerate(values):
-        around = [v for v in values[max(index - half, 0) : index + half + 1] if math.isfinite(v)]
-        result.append(sum(around) / len(around) if math.isfinite(centre) and around else None)
+        first, last = max(index - half, 0), min(index + half + 1, len(values))
+        around = values[first:last]
+        if gaps[last] > gaps[first]:
+            around = [v for v in around if math.isfinite(v)]
+        result.append(sum(around) / len(around) if math.isfinite(centre) else None)
     return result
 
 
 def spread(values: Sequence[float], window: int) -> list[float | None]:
     """Standard deviation within the same moving window; None with fewer than three values."""
-    half = max(window, 1) // 2
+    gaps, half = _gaps(values), max(window, 1) // 2
+    seen = [v for v in values if math.isfinite(v)]
+    # Squares of deviations from the overall mean: one sum per window instead of one pass per window.
+    shift = sum(seen) / len(seen) if seen else 0.0
+    moved = [v - shift for v in values]
+    squares = [v * v for v in moved]
     result: list[float | None] = []
     for index, centre in enumerate(values):
-        around = [v for v in values[max(index - half, 0) : index + half + 1] if math.isfinite(v)]
-        if not math.isfinite(centre) or len(around) < 3:
+        first, last = max(index - half, 0), min(index + half + 1, len(values))
+        around, squared = moved[first:last], squares[first:last]
+        if gaps[last] > gaps[first]:
+            around = [v for v in around if math.isfinite(v)]
+            squared = [v * v for v in around]
+        count = len(around)
+        if not math.isfinite(centre) or count < 3:
             result.append(None)
             continue
-        mean = sum(around) / len(around)
-        result.append(math.sqrt(sum((v - mean) * (v - mean) for v in around) / (len(around) - 1)))
+        mean = sum(around) / count
+        result.append(math.sqrt(max(sum(squared) - count * mean * mean, 0.0) / (count - 1)))
     return result
+
+
+def _gaps(values: Sequence[float]) -> list[int]:
+    """How many of the first i values are not finite, for every i."""
+    return list(accumulate((not math.isfinite(v) for v in values), initial=0))

@@ -340,8 +340,10 @@ def limit(measurement: Measurement) -> dict[str, Any]:
     figure = _figure(
         lambda width, ident: svg.roofline(floor, step, width, ident),
         "roofline",
-        "Roofline (Williams et al. 2009): no step can lie above the line. Peaks and bandwidth were measured on this "
-        "machine, not read from a data sheet.",
+        "Roofline (Williams et al. 2009): the line is what peak and bandwidth allow. Bytes are counted without caches, "
+        f"so a step that stays in cache can lie above its slope. Peak: {words.basis_text(floor.peak_flops)}; "
+        f"bandwidth: {words.basis_text(floor.bandwidth)}; FLOPs: {words.basis_text(floor.flops)}; "
+        f"bytes: {words.basis_text(floor.bytes_moved)}.",
     )
     rows = [
         ("MFU", words.quantity_text(floor.mfu, unit="fraction")),

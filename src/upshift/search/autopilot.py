@@ -27,6 +27,9 @@ LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 
 #: From the least to the most that can go wrong; what fails a proof is dropped from the end of this order first.
 _RISK = {Numerics.BITWISE: 0, Numerics.ROUNDING: 1, Numerics.RESEEDS: 2, Numerics.CHANGES_TRAINING: 3}
 
+#: Precisions from fine to coarse.
+_COARSE = ("optimizer", "float32", "bfloat16")
+
 
 @dataclass
 class Options:
@@ -110,6 +113,10 @@ class Autopilot:
 
     def _left(self) -> float:
         return self.options.budget - (time.monotonic() - self.began)
+
+    def _reserve(self) -> float:
+        """What the confirmation needs: two start-ups, the updates of the first steps, and a few quads."""
+        return 2 * self.startup + (24 + 6 * 4) * self.step + 10.0
 
     def _add(self, trial: Trial) -> Trial:
         self.trials.append(trial)
@@ -199,7 +206,11 @@ class Autopilot:
         screen = LiveScreen(self._duel, self.say)
         try:
             for candidate in found:
-                self._try(candidate, screen.on, each, each + self.startup / len(found), screen.tried)
+                cost = each + self.startup / len(found)
+                if self._left() - cost < self._reserve():
+                    self._skipped(candidate, "the budget is used up; --budget buys more", screen.on)
+                    continue
+                self._try(candidate, screen.on, each, cost, screen.tried)
         finally:
             screen.close()
         return dict(screen.on)
@@ -210,7 +221,6 @@ class Autopilot:
         share = self.options.budget * PROCESS_SHARE
         each = min(max(share / len(found) - self.startup, 6.0, 6 * 4 * self.step), 20.0 + 30 * self.step)
         screen = ProcessScreen(self._duel, base, self.say, self.steps_per_epoch)
-        reserve = self.options.budget * CONFIRM_SHARE
         try:
             for candidate in found:
                 cost = each + self.startup
@@ -225,7 +235,7 @@ class Autopilot:
                         )
                         continue
                     cost += epoch
-                if self._left() - cost < reserve:
+                if self._left() - cost < self._reserve():
                     self._skipped(candidate, "the budget is used up; --budget buys more", screen.base)
                     continue
                 self._try(candidate, screen.base, each, cost, screen.tried)
@@ -284,7 +294,7 @@ class Autopilot:
                     plan,
                     seconds,
                     numerics=max(kinds.values(), key=lambda kind: _RISK[kind]),
-                    dtype="bfloat16" if "bf16" in plan else "float32",
+                    precision=max((self.techniques[name].card.precision for name in plan), key=_COARSE.index),
                     live=live,
                     has_dropout=has_dropout,
                     steps_per_epoch=self.steps_per_epoch,
@@ -320,8 +330,8 @@ class Autopilot:
         return last
 
     def _riskiest(self, plan: ArmPlan, kinds: Mapping[str, Numerics]) -> str:
-        """The technique most likely to have failed a proof: the least exact kind; bf16 before other rounding."""
-        return max(plan, key=lambda name: (_RISK[kinds[name]], name == "bf16", name == "compile"))
+        """The technique most likely to have failed a proof: the least exact kind, then the coarsest precision."""
+        return max(plan, key=lambda name: (_RISK[kinds[name]], _COARSE.index(self.techniques[name].card.precision)))
 
     # -- the outcome ---------------------------------------------------------------------------------------------
 

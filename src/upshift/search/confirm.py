@@ -21,7 +21,7 @@ from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
 from upshift.search.screening import compare_live, one_off_seconds, with_epochs
-from upshift.search.updates import check_updates
+from upshift.search.updates import Precision, check_updates
 from upshift.sites import Numerics
 
 #: Steps after which both arms have made all the updates that are compared.
@@ -69,15 +69,15 @@ def same_start(a: Path, b: Path) -> bool:
     return all(bool(numpy.array_equal(first[name], second[name], equal_nan=True)) for name in names)
 
 
-def check_all(a: Path, b: Path, kind: Numerics, dtype: str) -> list[UpdateCheck]:
+def check_all(a: Path, b: Path, kind: Numerics, precision: Precision) -> list[UpdateCheck]:
     """Compare the updates of the steps both arms recorded."""
-    found = []
+    found: list[UpdateCheck] = []
     for step, other in CHECKED:
         first, second, noise = updates_of(a, step), updates_of(b, step), updates_of(a, other)
         if first is None or second is None:
             continue
         plain = [{k: v for k, v in item.items() if not k.startswith("start:")} for item in (first, second)]
-        found.append(check_updates(step, plain[0], plain[1], noise, kind, dtype))
+        found.append(check_updates(step, plain[0], plain[1], noise, kind, precision, earlier=tuple(found)))
     return found
 
 
@@ -87,7 +87,7 @@ def confirm(
     seconds: float,
     *,
     numerics: Numerics,
-    dtype: str,
+    precision: Precision,
     live: Mapping[str, bool],
     has_dropout: bool,
     steps_per_epoch: float | None,
@@ -99,7 +99,7 @@ def confirm(
 
     Args:
         numerics: the weakest kind among the techniques of the plan.
-        dtype: `bfloat16` if the plan computes in bf16, else `float32`: what the updates may differ by.
+        precision: the coarsest among the techniques of the plan: what the updates may differ by.
         live: technique -> whether it can be switched off alone, for leave-one-out attribution.
         fills: whether the plan holds a technique that needs an epoch to reach its steady state.
 
@@ -119,7 +119,7 @@ def confirm(
         checks: list[UpdateCheck] = []
         try:
             duel.level(UPDATE_STEPS)
-            checks = check_all(a.child.record, b.child.record, numerics, dtype)
+            checks = check_all(a.child.record, b.child.record, numerics, precision)
             paired = same_start(a.child.record, b.child.record)
             rejected = any(not item.passed for item in checks) or not paired
             if not rejected:
@@ -137,7 +137,7 @@ def confirm(
         except Ended:
             ended = True
             paired = same_start(a.child.record, b.child.record)
-            checks = checks or check_all(a.child.record, b.child.record, numerics, dtype)
+            checks = checks or check_all(a.child.record, b.child.record, numerics, precision)
             one_off = one_off_seconds(a, b)
         if pairing is not None:
             pairing = with_epochs(pairing, a, b, steps_per_epoch)

@@ -52,6 +52,7 @@ class Arm:
     ended: bool = False
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     isolation: str = ""
+    problems: dict[str, str] = field(default_factory=dict)
     running: bool = True
 
     @property
@@ -68,6 +69,7 @@ class Arm:
         first = int(message["first"])
         seconds = [float(value) for value in message["seconds"]]
         self.optimizers = int(message.get("optimizers", 1))
+        self.problems.update(message.get("problems", {}))
         for offset, value in enumerate(seconds):
             index = first + offset
             self.seconds[index] = value
@@ -162,6 +164,8 @@ class Duel:
         for kind, name, text in arm.notes:
             if kind in ("off", "failed") and name in arm.plan:
                 raise ArmFailed(arm.number, text, (name,))
+        for name, text in arm.problems.items():
+            raise ArmFailed(arm.number, text, (name,))
 
     def _receive(self, arm: Arm, timeout: float, kind: str) -> dict[str, Any]:
         deadline = time.monotonic() + timeout

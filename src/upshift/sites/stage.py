@@ -152,6 +152,16 @@ class Stage:
                 result[name] = reasons[0] if len(reasons) == len(items) else ""
         return result
 
+    def problems(self) -> dict[str, str]:
+        """Technique -> what it found wrong with its own assumptions while acting; such a run proves nothing."""
+        found: dict[str, str] = {}
+        for name, items in self._applied.items():
+            for item in items:
+                text = getattr(item, "problem", "")
+                if text:
+                    found[name] = str(text)
+        return found
+
     def close(self) -> None:
         """Undo everything, last applied first."""
         for name in reversed(list(self._applied)):

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from upshift.errors import PlanError
-from upshift.records.plan import Setting
+from upshift.records.plan import Plan, Setting
 from upshift.sites import Technique
 
 #: Name -> module:class, in the order in which they are applied.
@@ -67,3 +67,26 @@ def in_order(
         settings.update(chosen[name])
         result.append((technique, settings))
     return result
+
+
+def check_plan(plan: Plan, place: str) -> None:
+    """Refuse a plan with an unknown technique, setting or value.
+
+    Raises:
+        PlanError: with the place of the mistake.
+    """
+    for item in plan.kept:
+        if item.name not in names():
+            raise PlanError(
+                f"{place}: there is no technique called {item.name!r}.", remedy=f"Known: {', '.join(names())}."
+            )
+        specs = get(item.name).card.settings
+        for key, value in item.settings.items():
+            if key not in specs:
+                known = ", ".join(specs) or "none"
+                raise PlanError(f"{place}: {item.name} has no setting {key!r}.", remedy=f"It has: {known}.")
+            problem = specs[key].problem(value)
+            if problem:
+                raise PlanError(
+                    f"{place}: {item.name}.{key}: {problem}.", remedy="Correct it, or run upshift tune anew."
+                )

@@ -99,7 +99,8 @@ def _checked(scratch: Path, keep: Sequence[Path]) -> tuple[str, list[str]]:
 
 def _likely() -> list[str]:
     """Real paths of the directories a script is likely to write below, the script's own among them."""
-    candidates = [os.getcwd(), os.path.expanduser("~"), tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    # Not tempfile.gettempdir(), which finds out by writing.
+    candidates = [os.getcwd(), os.path.expanduser("~"), os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp"]
     candidates += [os.path.dirname(os.path.abspath(word)) for word in sys.argv if os.path.isfile(word)]
     return [path for path in dict.fromkeys(map(os.path.realpath, candidates)) if os.path.isdir(path) and path != "/"]
 

@@ -35,9 +35,12 @@ _REAL_TYPES = frozenset(
 )
 # Trees a training script does not write: where they cannot be overlaid whole, read-only is enough.
 _SYSTEM = ("/usr", "/etc", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/boot")
+# Trees little is written to: layers in memory need no cleaning up.
+_IN_MEMORY = (*_SYSTEM, "/run", "/srv", "/media", "/mnt", "/snap")
+_OVERLAYS = 300
 _COPY_ENTRIES, _COPY_BYTES = 2000, 256 << 20
 _SOCKETS = 500
-_SCAN_SECONDS, _SCAN_DEPTH, _SCAN_ROOTS = 0.02, 3, 200
+_SCAN_SECONDS, _SCAN_DEPTH = 0.02, 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -197,11 +200,14 @@ class Layers:
 class _View:
     """Builds the new tree at `root` out of the real one."""
 
-    def __init__(self, root: str, folder: str, options: str, mounts: _Mounts) -> None:
+    def __init__(
+        self, root: str, layers: tuple[str, str], options: str, mounts: _Mounts, important: Sequence[str]
+    ) -> None:
         self.root = root
         self.mounts = mounts
-        self.folder = folder
+        self.layers = layers  # a folder on disk (or the next again) and one in memory
         self.options = options
+        self.important = important
         self.read_only: list[str] = []
         self.overlays: set[str] = set()
         self.everyone = _maps_everyone()
@@ -219,7 +225,8 @@ class _View:
     def _layer(self, real: str) -> tuple[str, str]:
         """A new upper and work directory; the upper one looks like `real`, which it will stand for."""
         self._number += 1
-        upper, work = (f"{self.folder}/{kind}/{self._number}" for kind in ("upper", "work"))
+        small = real in _IN_MEMORY and not any(path == real or _below(path, real) for path in self.important)
+        upper, work = (f"{self.layers[small]}/{kind}/{self._number}" for kind in ("upper", "work"))
         os.mkdir(upper)
         os.mkdir(work)
         self._resemble(upper, real)
@@ -267,7 +274,7 @@ class _View:
         if "ro" in mount.options or mount.kind == "autofs" or not os.path.isdir(real):
             self._bind(real, at, writable=False)
             self._cover_all(inside, real, at)
-        elif os.access(real, os.X_OK) and self._overlay(real, at):
+        elif len(self.overlays) < _OVERLAYS and os.access(real, os.X_OK) and self._overlay(real, at):
             self._cover_all(inside, real, at)
         elif inside and real not in _SYSTEM and os.access(real, os.R_OK | os.W_OK) and self._fits(real):
             self._rebuild(real, at)
@@ -321,7 +328,7 @@ class _View:
         In a user namespace a directory with mounts inside cannot be a layer: what the mounts hide would show.
         """
         self._number += 1
-        copy = f"{self.folder}/upper/{self._number}"
+        copy = f"{self.layers[0]}/upper/{self._number}"
         os.mkdir(copy)
         _mount(copy, at, "", _MS_BIND)
         folders: list[str] = []
@@ -346,14 +353,14 @@ class _View:
 
     # -- directories of other owners ---------------------------------------------------------------------
 
-    def settle(self, important: Sequence[str]) -> None:
+    def settle(self) -> None:
         """Give directories that need one an overlay of their own.
 
         In a user namespace, writing below an overlay's root copies the parent directories up, which fails with
         EOVERFLOW where their owner or group does not exist in it: a setgid project folder, /var/tmp, /data/<user>.
         """
         elsewhere: list[str] = []
-        for path in important:
+        for path in self.important:
             if not any(path == real or _below(path, real) for real in _REAL):
                 elsewhere.append(path)
             elif _below(path, "/dev/shm"):
@@ -363,17 +370,16 @@ class _View:
                 if top not in self.overlays and not self._overlay(top, at):
                     self._bind(top, at, writable=False)
                     self.read_only.append(top)
-        if self.everyone:
-            return
         self._projects = [path for path in elsewhere if path not in ("/tmp", "/var/tmp")]
         for path in elsewhere:
-            parents = [str(parent) for parent in reversed(Path(path).parents)][1:]
             good = False
-            for folder in (*parents, path):
+            for folder in (*(str(parent) for parent in reversed(Path(path).parents)), path):
                 good = self._settle_one(folder, good)
+        if self.everyone:
+            return
         deadline = time.monotonic() + _SCAN_SECONDS
         pending = [(path, True, 0) for path in [*elsewhere, *sorted(self.overlays)]]
-        while pending and len(self.overlays) < _SCAN_ROOTS and time.monotonic() < deadline:
+        while pending and len(self.overlays) < _OVERLAYS and time.monotonic() < deadline:
             folder, good, depth = pending.pop(0)
             if depth == _SCAN_DEPTH or folder in _SYSTEM:
                 continue
@@ -385,6 +391,8 @@ class _View:
         """Whether directories in `folder` can be copied up, after giving it an overlay if it needs one."""
         if folder in self.overlays:
             return True
+        if folder == "/":
+            return False
         try:
             foreign = self.foreign(os.stat(folder))
             writable = os.access(folder, os.W_OK | os.X_OK)
@@ -525,13 +533,13 @@ def enter(scratch: str, layers: Layers, keep: Sequence[str], important: Sequence
     stage = _staging(scratch)
     folder = stage if layers.in_memory else scratch
     root = f"{stage}/root"
-    for path in (root, f"{folder}/upper", f"{folder}/work", f"{folder}/inside"):
+    for path in (root, f"{folder}/inside", *(f"{at}/{kind}" for at in (folder, stage) for kind in ("upper", "work"))):
         os.makedirs(path, mode=0o700, exist_ok=True)
     # pivot_root wants a mount point even if the view's own root turns out to be a copied directory.
     _mount(root, root, "", _MS_BIND)
-    view = _View(root, folder, layers.options, mounts)
+    view = _View(root, (folder, stage), layers.options, mounts, important)
     view.cover("/", root)
-    view.settle(important)
+    view.settle()
     endpoints = [path for path in _endpoints() if not _below(path, scratch)]
     through = [(f"{folder}/inside", scratch), *((path, path) for path in keep)]
     for source, path in sorted(through, key=lambda pair: pair[1].count("/")):

@@ -389,9 +389,13 @@ class Mirror:
         (from_name, from_mirror), (to_name, to_mirror) = source, target
         old = _lstat(self.actual(from_name) if from_mirror else from_name)
         new = _lstat(self.actual(to_name) if to_mirror else to_name)
+        if old is None and self._through_file(from_name):
+            raise _error(errno.ENOTDIR)
+        to_path = to_name
+        if to_mirror and (old is not None or self.exists(posixpath.dirname(from_name))):
+            to_path = self.place(to_name)
         if old is None:
-            raise _error(errno.ENOTDIR if self._through_file(from_name) else errno.ENOENT)
-        to_path = self.place(to_name) if to_mirror else to_name
+            raise _error(errno.ENOENT)
         if from_name == to_name:
             return
         moving_folder = stat.S_ISDIR(old.st_mode)

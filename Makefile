@@ -1,0 +1,49 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both create .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint types imports unit test-cuda soak bench data clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)   ## diagnose, tune and run two example scripts on real data
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+test: $(STAMP) lint types imports unit   ## linters, strict types, import rules, tests
+
+lint: $(STAMP)   ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy --strict
+	$(BIN)/mypy
+
+imports: $(STAMP) ## which layer may import which
+	$(BIN)/lint-imports
+
+unit: $(STAMP)   ## the tests
+	$(BIN)/pytest
+
+test-cuda: $(STAMP)  ## tests that need a CUDA device
+	$(BIN)/pytest -m cuda
+
+soak: $(STAMP)   ## long simulations of the statistics
+	$(BIN)/python benchmarks/proof_simulation.py
+
+bench: $(STAMP)  ## measure the figures of benchmarks/RESULTS.md (long)
+	$(BIN)/python benchmarks/bench.py
+
+data: $(STAMP)   ## fetch the real data sets some examples use
+	$(BIN)/python examples/get_data.py all
+
+clean:           ## remove what tests and runs left
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .upshift build src/*.egg-info

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The main job on two example scripts: diagnose, tune, run stock and planned, compare. Real data, a few minutes.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=${UPSHIFT_DEMO:-$root/.upshift/demo}
+mkdir -p "$work"
+cp "$root/examples/char_gpt.py" "$root/examples/digits.py" "$work"
+cd "$work"
+title() { printf '\n== %s\n' "$*" >&2; }
+
+one() { # NAME "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
+    local name=$1 full=$2 short=$3
+    title "$name: where does the time go?"
+    upshift diagnose --seconds 10 "$name.py" $full
+    title "$name: what makes it faster, and is the result as good?"
+    upshift tune --budget "${UPSHIFT_DEMO_BUDGET:-75s}" "$name.py" $full
+    title "$name: a short run as written, then one with the plan"
+    rm -rf runs
+    upshift run --runs runs --no-plan "$name.py" $short
+    upshift run --runs runs "$name.py" $short
+    upshift compare runs/*
+}
+
+one digits "" "--epochs 2"
+one char_gpt "" "--max-steps 40 --sample 0"
+title "reports"
+for page in .upshift/reports/*.html; do echo "$work/$page" >&2; done

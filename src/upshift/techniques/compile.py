@@ -1,0 +1,289 @@
+"""Compile a root module in place with `torch.compile`.
+
+Idea. TorchDynamo captures the forward pass, AOTAutograd its backward, TorchInductor writes fused kernels for both
+(Ansel et al. 2024, "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
+Compilation"). The module stays the object it was: only the callable that `Module.__call__` looks up is set, so class,
+state dict keys, pickling and deep copies are the script's own. What is compiled is a function around the module's call:
+`Module.compile` itself does nothing, silently, for a root whose forward lies inside `torch.nn` (`nn.Sequential`).
+
+Numbers. Another order of operations: `rounding`. With `eager_random` the compiled code draws the random numbers the
+uncompiled code would draw, so that dropout masks stay the same; without it dropout has other masks: `reseeds`.
+
+Limits. Compilation takes seconds to minutes, again for each new shape until a dynamic one is compiled, and for the
+evaluation mode. Hooks registered after compilation would be ignored: the module then runs uncompiled from there on. A
+failure to compile the backward pass appears inside `backward`, where nothing can be retried.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from upshift import units
+from upshift.hardware import machine
+from upshift.measure.constancy import Streams
+from upshift.records.measurement import Measurement, ScriptFacts
+from upshift.records.plan import Setting
+from upshift.sites.moments import ModelSeen, Moment
+from upshift.sites.protocol import BaseApplied, Card, NoEffect, Numerics, SettingSpec, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+#: Wrappers that hand their module's `__dict__` on, or hook into its backward pass.
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
+
+NO_COMPILER = "no C++ compiler was found (install g++ or clang++, or set CXX)"
+
+
+def capturable(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function around `call` that TorchDynamo captures, with a code object of its own.
+
+    Dynamo skips frames of torch's own files, and counts recompilations per code object.
+    """
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    # Guards refer to the closure by name, so the copy keeps it.
+    return types.FunctionType(
+        called.__code__.replace(), called.__globals__, called.__name__, called.__defaults__, called.__closure__
+    )
+
+
+def _counted() -> tuple[int, int, float]:
+    """Frames compiled, graph breaks, and seconds of compilation in this process so far."""
+    from torch._dynamo import utils
+
+    seconds = utils.calculate_time_spent().get("total_wall_time", 0.0)
+    return int(utils.counters["frames"]["ok"]), sum(utils.counters["graph_break"].values()), float(seconds)
+
+
+def hooks_of(module: torch.nn.Module) -> list[tuple[Any, tuple[int, ...]]]:
+    """Hook tables below a module that are not empty, each with the keys it holds."""
+    found = []
+    for inner in module.modules():
+        for name in _HOOKS:
+            table = inner.__dict__.get(name)
+            if table:
+                found.append((table, tuple(table)))
+    return found
+
+
+class CompileApplied(BaseApplied):
+    """A module whose calls are compiled.
+
+    `recompiles` and `breaks` count graphs beyond the first and graph breaks, `one_off_seconds` the time compilation
+    took; all three are those of the process since this module was compiled.
+    """
+
+    def __init__(self, module: torch.nn.Module, mode: str, dynamic: bool | None, eager_random: bool) -> None:
+        import torch
+        from torch._inductor import list_mode_options
+
+        self._start = _counted()
+        self._calls = 0
+        self._lost = ""
+        options: dict[str, Any] = dict(list_mode_options(mode, dynamic))
+        if eager_random:
+            options["fallback_random"] = True
+        compiled = torch.compile(capturable(module._call_impl), dynamic=dynamic, options=options)  # type: ignore[call-overload]
+        # Weak, so that a model the script lets go of is not kept alive by the record of what was done to it.
+        self._module, self._compiled = weakref.ref(module), weakref.ref(compiled)
+        self._hooks = hooks_of(module)
+        self._handles = torch.utils.hooks.RemovableHandle.next_id
+        module._compiled_call_impl = compiled
+        self.note = f"{type(module).__name__} compiled in place ({mode}"
+        self.note += ", dropout as without compilation)" if eager_random else ")"
+        if self._hooks:
+            self.note += f"; {sum(len(keys) for _, keys in self._hooks)} hooks become part of it"
+
+    def around(
+        self, call: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call itself. An exception in the very first one leaves the random streams where they were."""
+        if self._lost:
+            return call(*args, **kwargs)
+        if self._calls and self._hooks_changed(module):
+            self._lost = "hooks changed after it was compiled, which compiled code would not notice"
+            self.close()
+            return call(*args, **kwargs)
+        self._calls += 1
+        if self._calls > 1:
+            return call(*args, **kwargs)
+        streams = Streams()
+        try:
+            return call(*args, **kwargs)
+        except Exception:
+            streams.restore()
+            raise
+
+    def _hooks_changed(self, module: torch.nn.Module) -> bool:
+        from torch.utils.hooks import RemovableHandle
+
+        for table, keys in self._hooks:
+            if tuple(table) != keys:
+                return True
+        # Every hook registered anywhere takes the next number: only then is the module tree worth a look.
+        if RemovableHandle.next_id == self._handles:
+            return False
+        self._handles = RemovableHandle.next_id
+        now = hooks_of(module)
+        return len(now) != len(self._hooks) or any(
+            mine is not theirs or keys != others
+            for (mine, keys), (theirs, others) in zip(now, self._hooks, strict=True)
+        )
+
+    @property
+    def graphs(self) -> int:
+        """Frames compiled since."""
+        return _counted()[0] - self._start[0]
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs beyond the first: other shapes, modes, or graph breaks."""
+        return max(0, self.graphs - 1)
+
+    @property
+    def breaks(self) -> int:
+        """Graph breaks since."""
+        return _counted()[1] - self._start[1]
+
+    @property
+    def one_off_seconds(self) -> float:
+        """Seconds of compilation, forward and backward; less than in a new place where caches on disk were warm."""
+        return _counted()[2] - self._start[2]
+
+    def effect(self) -> NoEffect | None:
+        """No effect where nothing was compiled, or the compiled code had to be given up."""
+        import torch._dynamo.config as config
+
+        if self._lost:
+            return NoEffect(self._lost)
+        if not self._calls:
+            return NoEffect("the module was not called")
+        if not self.graphs:
+            return NoEffect("TorchDynamo compiled nothing of it")
+        if self.recompiles >= config.recompile_limit:
+            return NoEffect(
+                f"compiled {self.graphs} times in {units.seconds(self.one_off_seconds)} and still meeting new shapes"
+            )
+        return None
+
+    def close(self) -> None:
+        """The module runs uncompiled again, to the bit as before."""
+        module, compiled = self._module(), self._compiled()
+        if module is not None and compiled is not None and module.__dict__.get("_compiled_call_impl") is compiled:
+            del module._compiled_call_impl
+
+
+def refusal(module: torch.nn.Module, mode: str) -> str:
+    """Why this module must not be compiled, or the empty string."""
+    import torch
+
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    for inner in module.modules():
+        if type(inner).__name__ == "OptimizedModule" or inner.__dict__.get("_compiled_call_impl") is not None:
+            return "the script compiles it itself"
+        if type(inner).__name__ in WRAPPERS:
+            return f"it is wrapped in {type(inner).__name__}, which this technique was not tested with"
+        if any(inner.__dict__.get(name) for name in _BACKWARD_HOOKS):
+            return f"{type(inner).__name__} has a backward hook"
+    parameters = list(module.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        return "it is not trained"
+    kinds = {parameter.device.type for parameter in parameters}
+    if kinds - {"cpu", "cuda"}:
+        return f"it is on {', '.join(sorted(kinds))}"
+    if "cpu" in kinds and not machine.has_compiler():
+        return NO_COMPILER
+    if "cuda" in kinds and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if mode == "reduce-overhead" and kinds != {"cuda"}:
+        return "reduce-overhead records CUDA graphs, and the module is not on CUDA"
+    return ""
+
+
+class Compile:
+    """Fuse operations by compiling root modules in place."""
+
+    card: ClassVar[Card] = Card(
+        name="compile",
+        summary="compile the model in place with torch.compile",
+        source="Ansel et al. 2024, PyTorch 2, ASPLOS; https://docs.pytorch.org/docs/stable/torch.compiler.html",
+        sites=("model_created", "forward"),
+        numerics=Numerics.ROUNDING,
+        switchable="process",
+        targets=("forward", "backward"),
+        details=(
+            "The module keeps its class, its state dict keys and its pickled form. Compilation is paid once per shape "
+            "and mode and shown apart, with the number of steps after which it has paid back. Not for scripts that "
+            "differentiate twice (create_graph), nor for modules with backward hooks."
+        ),
+        settings={
+            "mode": SettingSpec(
+                "default",
+                "what inductor optimises for; reduce-overhead (CUDA graphs) on CUDA only",
+                choices=("default", "max-autotune-no-cudagraphs", "reduce-overhead"),
+            ),
+            "dynamic": SettingSpec(
+                "auto", "code for any shape at once, for each shape, or as it turns out", choices=("auto", "yes", "no")
+            ),
+            "eager_random": SettingSpec(
+                True, "draw random numbers as uncompiled code does, so that dropout is the same"
+            ),
+        },
+        after=("channels_last", "bf16", "attention"),
+        one_off=True,
+    )
+
+    def numerics(self, settings: dict[str, Setting], facts: ScriptFacts) -> Numerics:
+        """Another order of operations; with `eager_random` off, other random numbers as well."""
+        return Numerics.ROUNDING if settings.get("eager_random", True) else Numerics.RESEEDS
+
+    def check(self, seen: Measurement) -> Verdict:
+        """Applies to a trained, uncompiled model where there is a compiler and no double backward."""
+        facts = seen.facts
+        models = [item for item in facts.models if item.trained]
+        if not models:
+            return Verdict(False, "no trained module was seen")
+        if all(item.compiled for item in models):
+            return Verdict(False, "the script compiles its model itself")
+        if facts.create_graph:
+            return Verdict(
+                False, "the script differentiates twice (create_graph), which compiled code does not support"
+            )
+        if facts.distributed:
+            return Verdict(False, "not tested with distributed training")
+        if not facts.compiler:
+            return Verdict(False, NO_COMPILER)
+        if lightning := [name for name in facts.frameworks if "lightning" in name]:
+            return Verdict(False, f"{lightning[0]} drives the training; use its own switch")
+        share = seen.anatomy.share("forward") + seen.anatomy.share("backward")
+        candidates: list[dict[str, Setting]] = [{"mode": "default"}]
+        if facts.device.startswith("cuda"):
+            candidates += [{"mode": "reduce-overhead"}, {"mode": "max-autotune-no-cudagraphs"}]
+        return Verdict(
+            True,
+            f"forward and backward are {units.percent(share)} of the step" if share else "the model is not compiled",
+            gain=1.0 / (1.0 - 0.2 * min(share, 1.0)) if share else None,
+            rests_on="fusing is taken to save a fifth of forward and backward; models differ widely",
+            candidates=tuple(candidates),
+        )
+
+    def at(self, moment: Moment, settings: dict[str, Setting]) -> CompileApplied | NoEffect | None:
+        """Compile a root module before its first call."""
+        if not isinstance(moment, ModelSeen):
+            return None
+        mode = str(settings["mode"])
+        if why := refusal(moment.module, mode):
+            return NoEffect(f"{type(moment.module).__name__}: {why}")
+        dynamic = {"auto": None, "yes": True, "no": False}[str(settings["dynamic"])]
+        return CompileApplied(moment.module, mode, dynamic, bool(settings["eager_random"]))
