@@ -309,7 +309,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     from upshift.report import html
 
     page = report_file.with_suffix(".html")
-    codec.write_bytes(page, html.render_tune(report).encode())
+    codec.write_bytes(page, html.render_tune(report, plan=plan).encode())
     if not outcome.interrupted:
         state.file.unlink(missing_ok=True)
     return Tuned(report, plan, plan_file, report_file, page)

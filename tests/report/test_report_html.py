@@ -16,6 +16,7 @@ from sample_records import (
     baseline_report,
     findings,
     measurement,
+    plan,
     proof,
     run,
     tune_report,
@@ -297,6 +298,11 @@ def test_charts_have_names_and_unique_ids() -> None:
         if tag == "svg":
             assert attributes["role"] == "img"
             assert set((attributes["aria-labelledby"] or "").split()) <= set(ids)
+
+
+def test_attribution_comes_from_the_plan() -> None:
+    assert "Worth within the plan" in html.render_tune(tune_report(), plan=plan())
+    assert "Worth within the plan" not in html.render_tune(tune_report())
 
 
 def test_planned_anatomy_comes_from_a_run() -> None:

@@ -10,18 +10,21 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from sample_records import (
+    CHOSEN,
     HOSTILE,
     STEP,
     anatomy,
     baseline_report,
     findings,
     measurement,
+    pairing,
     plan,
+    proof,
     run,
     tune_report,
 )
 
-from upshift.records import Anatomy, Phase, Quantity, unknown
+from upshift.records import Anatomy, Phase, Quantity, Trial, unknown
 from upshift.report import terminal
 
 replace = msgspec.structs.replace
@@ -110,20 +113,36 @@ def test_measured_zero_is_zero() -> None:
 
 
 def test_tune_shows_trials_proof_and_ends() -> None:
-    text = re.sub(r"\s+", " ", show(terminal.render_tune(tune_report(), "report.html"), 120))
+    text = re.sub(r"\s+", " ", show(terminal.render_tune(tune_report(), "report.html", plan()), 400))
     for wanted in (
         "1.71x faster (99 % bounds 1.68x to 1.75x, 52 quads)", "0.58x", "slower (screen)", "InvalidCxxCompiler",
-        "61.7 ms -> 36 ms", "a gain of 1.52 % or more", "bits identical over 480 steps", "(as part of the plan)",
-        "smallest lag it could have shown 0.41 %", "Attribution (secondary", "after 17 steps", "images.plan.toml",
+        "61.7 ms -> 36 ms", "a gain of 1.52 % or more", "lag +0.12 %, at most +0.53 % over 480 steps",
+        "(the plan as a whole)", "smallest lag it could have shown 0.41 %", "on top of loader + channels_last",
+        "Attribution (secondary", "1.50x faster (99 % bounds 1.45x to 1.54x)", "after 17 steps", "images.plan.toml",
         "report.html",
     ):  # fmt: skip
         assert wanted in text
+    assert "Attribution" not in show(terminal.render_tune(tune_report()))
+
+
+def test_attribution_trials_and_own_proofs_are_shown_where_recorded() -> None:
+    own = Trial("fused", {"fused": {}}, {}, "faster", "", "confirm", pairing(1.04, 0.01), proof(losses=False))
+    alone = Trial("fused", CHOSEN, {"loader": {}}, "no change", "not resolved", "attribution", pairing(1.018, 0.03))
+    report = replace(tune_report(), trials=(own, alone))
+    text = re.sub(r"\s+", " ", show(terminal.render_tune(report), 400))
+    assert "Attribution (secondary" in text and "not resolved" in text
+    assert "52 quads loader, channels_last" in text  # fused has a line of its own
+
+
+def test_a_verdict_keeps_its_lines() -> None:
+    text = show(terminal.render_tune(replace(tune_report(), verdict="first\nsecond")))
+    assert "\nfirst" in text and "\nsecond" in text
 
 
 def test_a_baseline_claims_nothing() -> None:
     text = show(terminal.render_tune(baseline_report()))
     assert "Keep your baseline" in text and "none written" in text
-    assert "x faster" not in text and "Proof" not in text
+    assert "x faster" not in text and "Proof" not in text and "Attribution" not in text
 
 
 def test_compare_is_not_evidence() -> None:

@@ -6,10 +6,11 @@ import math
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_records import HOSTILE, baseline_report, pairing, proof, tune_report
+from sample_records import HOSTILE, baseline_report, pairing, plan, proof, tune_report
 
 from upshift.records import Pairing, Proof, Quantity, unknown
 from upshift.report import digest, sentences, words
@@ -44,6 +45,8 @@ def test_no_torch_no_numpy() -> None:
         (Quantity(math.inf, "fraction"), "unknown"),
         (Quantity(0.00002, "fraction"), "0.002 %"),
         (Quantity(-0.00002, "fraction"), "-0.002 %"),
+        (Quantity(9e-8, "fraction"), "0.000009 %"),
+        (Quantity(-9e-8, "fraction"), "-0.000009 %"),
     ],
 )
 def test_quantity_text(quantity: Quantity | None, text: str) -> None:
@@ -101,6 +104,12 @@ def test_speedup_never_claims_what_the_bounds_exclude() -> None:
     assert words.direction(Pairing(0.9, 1.2, 1.4, 3)) != "faster"
 
 
+def test_place_text() -> None:
+    assert words.place_text("train.py", 88) == "train.py:88"
+    assert words.place_text("src/a/b/train.py", 88) == "src/a/b/train.py:88"
+    assert words.place_text("/home/user/work/demo/train.py", 88) == "…/demo/train.py:88"
+
+
 def test_proof_text() -> None:
     assert "lag +0.12 %, at most +0.53 % over 480 steps" in words.proof_text(proof())
     assert "smallest lag it could have shown 0.41 %" in words.proof_text(proof())
@@ -112,8 +121,6 @@ def test_proof_text() -> None:
 
 
 def test_claim_needs_speed_and_proof() -> None:
-    import msgspec
-
     good = tune_report()
     assert digest.claim(good) == "win"
     assert digest.claim(baseline_report()) == "baseline"
@@ -139,6 +146,24 @@ def test_break_even() -> None:
     assert digest.break_even(10.0, Pairing(1.0, 0.9, 1.1, 10, reference_step=0.2, candidate_step=0.1)) is None
     assert digest.break_even(10.0, Pairing(2.0, 1.9, 2.1, 10)) is None  # step times not recorded
     assert sentences.break_even_text(tune_report()) == "after 17 steps (one-off cost 420 ms)"
+    assert sentences.break_even_text(tune_report(), plan()) == "after 17 steps (one-off cost 420 ms)"
+    # A cost of 0 in a trial was not recorded: it must not read as "at once".
+    free = tuple(msgspec.structs.replace(trial, one_off_seconds=0.0) for trial in tune_report().trials)
+    assert sentences.break_even_text(msgspec.structs.replace(tune_report(), trials=free)) == "unknown"
+
+
+def test_kept_is_what_adds_only_kept_techniques() -> None:
+    report = tune_report()
+    kept = {trial.name for trial in report.trials if digest.is_kept(report, trial)}
+    assert kept == {"loader(workers=1, prefetch=4)", "channels_last", "fused", "loader + channels_last + fused"}
+    assert not any(digest.is_kept(baseline_report(), trial) for trial in report.trials)
+
+
+def test_detail_says_what_the_name_leaves_out() -> None:
+    details = {trial.name: sentences.detail_text(trial) for trial in tune_report().trials}
+    assert details["loader(workers=1, prefetch=4)"] == ""
+    assert details["fused"] == "on top of loader + channels_last"
+    assert details["loader + channels_last + fused"] == "loader: workers=1, prefetch=4"
 
 
 def test_smoothing_against_a_plain_mean() -> None:

@@ -57,5 +57,5 @@ def command(
     if json_file:
         show.write_json(json_file, found.measurement)
     if page:
-        Path(page).write_text(html.render_diagnosis(found.measurement, found.findings, found.verdict))
+        Path(page).write_text(html.render_diagnosis(found.measurement, found.findings, found.verdict), "utf-8")
         show.say(f"page: {page}")

@@ -56,7 +56,7 @@ def command(record: Path | None, open_it: bool, page: Path | None, json_file: st
         drawn = html.render_run(subject) if isinstance(subject, Run) else html.render_tune(subject)
         target = page or Path(".upshift") / "reports" / f"{path.name}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(drawn)
+        target.write_text(drawn, "utf-8")
         show.say(f"page: {target}")
         if open_it:
             show.open_page(target)

@@ -80,7 +80,7 @@ def command(
     if dry_run:
         show.say(tuned.report.verdict)
         return
-    console.print(terminal.render_tune(tuned.report, str(tuned.page or tuned.report_file)))
+    console.print(terminal.render_tune(tuned.report, str(tuned.page or tuned.report_file), plan=tuned.plan))
     if json_file:
         show.write_json(json_file, tuned.report)
     if open_it and tuned.page is not None:

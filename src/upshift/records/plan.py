@@ -11,7 +11,8 @@ Setting = bool | int | float | str
 
 
 class Kept(Record, frozen=True):
-    """A technique in the plan. `speedup` is stock time / planned time with its one-sided 99 % interval.
+    """A technique in the plan. `speedup` is what screening saw when it joined those before it, with its one-sided
+    99 % interval; the figure of the whole plan against stock is the plan's own.
 
     `attribution` is the factor lost when this technique alone is taken out of the plan (leave-one-out).
     """

@@ -8,7 +8,10 @@ from upshift.records.quantity import Record
 
 
 class Window(Record, frozen=True):
-    """Steps [first, first + n) summed: seconds per phase, and the losses seen (None: no loss read)."""
+    """Steps [first, first + n) summed: seconds per phase, and the losses seen (None: no loss read).
+
+    `seconds` are those of training, without `evaluation` (work without gradients) and `checkpoint`.
+    """
 
     first: int
     n: int

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from upshift.records.measurement import PHASES, Measurement
+from upshift.records.plan import Plan, Setting
 from upshift.records.run import Run
 from upshift.records.trial import Pairing, Proof, Trial, TuneReport
 from upshift.report import words
@@ -28,12 +29,31 @@ def claim(report: TuneReport) -> Claim:
     return "interrupted" if report.interrupted else "baseline"
 
 
+def added(trial: Trial) -> dict[str, dict[str, Setting]]:
+    """What the candidate of a trial has beyond its reference."""
+    return {name: chosen for name, chosen in trial.candidate.items() if trial.reference.get(name) != chosen}
+
+
 def final_trial(report: TuneReport) -> Trial | None:
-    """The confirmed trial of the whole plan, if it is among the trials."""
+    """The confirmed trial that the final pairing comes from, if it is among the trials."""
     for trial in reversed(report.trials):
-        if trial.stage == "confirm" and trial.candidate and set(trial.candidate) == set(report.kept):
+        same = trial.pairing is not None and trial.pairing == report.final
+        whole = bool(trial.candidate) and set(trial.candidate) == set(report.kept)
+        if trial.stage == "confirm" and (same or whole):
             return trial
     return None
+
+
+def costs(report: TuneReport, plan: Plan | None = None) -> tuple[float | None, float | None]:
+    """(steps until the one-off costs are won back, one-off seconds); None where not known.
+
+    A trial's one-off cost of 0 means that none was recorded, so it is not known here.
+    """
+    if plan is not None:
+        return plan.break_even_steps, plan.one_off_seconds
+    trial = final_trial(report)
+    cost = trial.one_off_seconds if trial is not None and trial.one_off_seconds > 0 else None
+    return break_even(cost, report.final), cost
 
 
 def break_even(one_off: float | None, pairing: Pairing | None) -> float | None:
@@ -73,10 +93,21 @@ def proof_rows(report: TuneReport) -> list[ProofRow]:
 
 
 def is_kept(report: TuneReport, trial: Trial) -> bool:
-    """Whether this row is evidence for something in the plan: confirmed, faster, and kept."""
-    if trial.stage != "confirm" or trial.outcome != "faster":
+    """Whether this row speaks for something in the plan: seen faster, and all that it adds was kept."""
+    if trial.outcome != "faster" or trial.stage not in ("confirm", "screen") or not report.kept:
         return False
-    return trial.name in report.kept or trial is final_trial(report)
+    names = set(added(trial))
+    return bool(names) and (names <= set(report.kept) or trial is final_trial(report))
+
+
+def attribution(plan: Plan | None) -> list[tuple[str, Pairing]]:
+    """What each kept technique is worth within the plan: (name, factor lost when it alone is taken out)."""
+    rows = []
+    for item in plan.kept if plan is not None else ():
+        ratio, low, high = item.attribution, item.attribution_low, item.attribution_high
+        if words.finite(ratio) and words.finite(low) and words.finite(high):
+            rows.append((item.name, Pairing(ratio, low, high, 0)))
+    return rows
 
 
 def ordered(trials: Sequence[Trial]) -> list[Trial]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from upshift.records.finding import Finding
 from upshift.records.measurement import Measurement
+from upshift.records.plan import Plan
 from upshift.records.quantity import Quantity
 from upshift.records.run import Run
 from upshift.records.trial import TuneReport
@@ -65,19 +66,20 @@ def _page(template: str, kind: str, script: str, arguments: tuple[str, ...], whe
     return _environment().get_template(template).render(page=page, css=css, csp=Markup(csp), **view)
 
 
-def render_tune(report: TuneReport, runs: Sequence[Run] = (), *, label: str = "") -> str:
+def render_tune(report: TuneReport, runs: Sequence[Run] = (), *, plan: Plan | None = None, label: str = "") -> str:
     """A search as one page: verdict, trials, proof, anatomy, findings, roofline, runs, machine and limits.
 
     Args:
         report: what the search saw and decided.
         runs: runs to show along with it; the first with techniques gives the planned anatomy.
+        plan: the plan that came of it: attribution and break-even are recorded there.
         label: a remark under the title, such as that the figures are an example.
     """
     return _page(
         "tune.html.j2", "tune", report.script, report.arguments, report.created, label,
         claim=views.tune_claim(report),
-        strip=views.tune_strip(report),
-        tried=views.tried(report),
+        strip=views.tune_strip(report, plan),
+        tried=views.tried(report, plan),
         proof=views.proof_view(report),
         where=views.where(report.measurement, views.planned_bars(report, runs)),
         findings=[views.finding_view(item) for item in report.findings],
@@ -116,7 +118,7 @@ def render_diagnosis(
     strip.append(views.Fact("Cost of watching", watching, "of the step"))
     return _page(
         "diagnosis.html.j2", "diagnosis", measurement.script, measurement.arguments, measurement.created, label,
-        claim=views.Claim("baseline", big, unit, under if words.known(step) else (), verdict),
+        claim=views.Claim("baseline", big, unit, under if words.known(step) else (), words.lines(verdict)),
         strip=strip,
         where=views.where(measurement, []),
         findings=[views.finding_view(item) for item in findings],
@@ -137,6 +139,7 @@ def render_run(run: Run, *, label: str = "") -> str:
         views.Fact("Whole run", words.duration(run.seconds), f"evaluation {rows['evaluation']}"),
         views.Fact("Guard", rows["guard"]),
     ]
+    told = f"The run {'is ' if run.status == 'running' else ''}{sentences.run_status(run)}. Loss: {rows['loss']}."
     about = {
         "machine": list(run.environment.items()),
         "facts": [(name, rows[name]) for name in ("run", "plan", "techniques", "checkpoints", "log") if name in rows],
@@ -144,9 +147,7 @@ def render_run(run: Run, *, label: str = "") -> str:
     }  # fmt: skip
     return _page(
         "run.html.j2", "run", run.script, run.arguments, run.started, label,
-        claim=views.Claim("baseline", big, unit, ("training steps, evaluation and checkpoints apart",),
-                    f"The run {'is ' if run.status == 'running' else ''}{sentences.run_status(run)}."
-                    f" Loss: {rows['loss']}."),
+        claim=views.Claim("baseline", big, unit, ("training steps, evaluation and checkpoints apart",), [told]),
         strip=strip,
         view=views.run_view(run, "run"),
         about=about,

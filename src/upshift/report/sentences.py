@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from upshift.records.finding import Finding
 from upshift.records.measurement import Floor
+from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
 from upshift.report import digest, words
@@ -30,16 +32,31 @@ def headline(report: TuneReport) -> str:
     return f"{words.speedup_text(report.final)}, but that the result is unharmed is not shown."
 
 
-def break_even_text(report: TuneReport) -> str:
+def break_even_text(report: TuneReport, plan: Plan | None = None) -> str:
     """After how many steps the one-off costs are won back."""
-    trial = digest.final_trial(report)
-    cost = trial.one_off_seconds if trial is not None else None
-    steps = digest.break_even(cost, report.final)
-    if cost is None or steps is None:
+    steps, cost = digest.costs(report, plan)
+    if not words.finite(steps):
         return words.UNKNOWN
-    if steps == 0:
-        return "at once: no one-off cost was seen"
-    return f"after {words.number(steps)} steps (one-off cost {words.duration(cost)})"
+    spent = f" (one-off cost {words.duration(cost)})" if words.finite(cost) else ""
+    return f"after {words.number(math.ceil(steps))} steps{spent}" if steps > 0 else f"at once{spent}"
+
+
+def detail_text(trial: Trial) -> str:
+    """What a trial's name leaves out: the settings of what it adds, and what it is on top of."""
+    new = digest.added(trial) or trial.candidate
+    chosen = [(name, words.settings_text(settings)) for name, settings in new.items()]
+    parts = []
+    if len(chosen) == 1 and trial.name.startswith(f"{chosen[0][0]}("):
+        pass  # the name says it all
+    elif len(chosen) == 1 and trial.name == chosen[0][0]:
+        parts += [chosen[0][1]]
+    elif trial.name == " + ".join(new):
+        parts += [f"{words.clean(name, 80)}: {settings}" for name, settings in chosen if settings]
+    else:
+        parts += [words.arm_text(new)]
+    if trial.reference:
+        parts.append(f"on top of {words.names_text(trial.reference)}")
+    return "; ".join(part for part in parts if part)
 
 
 def step_text(seconds: float) -> str:
@@ -52,8 +69,8 @@ def floor_text(floor: Floor | None) -> str:
     if floor is None:
         return "unknown: FLOPs or the machine's peaks were not measured"
     parts = [
-        f"MFU {words.quantity_text(floor.mfu, unit='fraction', n=False)} of the {words.clean(floor.dtype, 40)} peak "
-        f"({words.quantity_text(floor.peak_flops, n=False)})",
+        f"MFU {words.quantity_text(floor.mfu, unit='fraction', n=False)} of the {words.clean(floor.dtype, 40)} peak, "
+        f"{words.quantity_text(floor.peak_flops, n=False)}",
         f"{words.quantity_text(floor.flops, n=False)} per step",
         f"arithmetic alone would take {words.quantity_text(floor.arithmetic_floor, n=False)}",
         f"memory traffic alone {words.quantity_text(floor.bandwidth_floor, n=False)}",

@@ -79,7 +79,7 @@ def _indent(renderable: RenderableType, left: int = 2) -> Padding:
 def _facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
     """Two columns: a name and what is known of it."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", overflow="fold", max_width=26)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(_text(name), value if isinstance(value, Text) else _text(value))
@@ -116,7 +116,7 @@ def render_diagnosis(
         _title("diagnose", measurement.script, measurement.arguments),
         _machine_line(measurement.machine, measurement.facts.device),
         Text(),
-        _text(verdict),
+        *map(_text, words.lines(verdict)),
         Text(),
         _step_line(measurement),
         _indent(_phases(measurement, width)),
@@ -213,7 +213,7 @@ def _lines(lines: Sequence[LineCost]) -> Table:
     table = _grid(("line", ""), ("share", "right"), ("per step", "right"), ("what", ""))
     for line in lines:
         table.add_row(
-            _text(f"{words.clean(line.file, 200)}:{line.line}", "cyan"),
+            _text(words.place_text(line.file, line.line), "cyan"),
             _text(words.quantity_text(line.share, unit="fraction", n=False)),
             _text(words.quantity_text(line.seconds, n=False)),
             _text(f"[{line.kind}] {words.clean(line.text.strip() or line.function, 120)}", "dim"),
@@ -242,32 +242,35 @@ def _findings(findings: Sequence[Finding]) -> Iterable[RenderableType]:
 # ------------------------------------------------------------------------------------------------------- tune
 
 
-def render_tune(report: TuneReport, report_file: str = "") -> RenderableType:
+def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = None) -> RenderableType:
     """Verdict, what was tried, the final pairing, proofs, attribution and break-even.
 
     Args:
         report: what the search saw and decided.
         report_file: path of the HTML report, named at the end.
+        plan: the plan that came of it: attribution and break-even are recorded there.
     """
     parts: list[RenderableType] = [_title("tune", report.script, report.arguments), Text()]
     kind = digest.claim(report)
     style = {"win": "bold green", "baseline": "bold", "unproven": "bold yellow", "interrupted": "bold yellow"}[kind]
-    parts += [_text(sentences.headline(report), style), _text(report.verdict), Text()]
+    parts += [_text(sentences.headline(report), style), *map(_text, words.lines(report.verdict)), Text()]
     parts += [_head("Tried"), _indent(_trials([t for t in digest.ordered(report.trials) if t.stage != "attribution"]))]
     levels = sentences.levels_text(report.trials)
     if levels:
         note = f"ratio: reference step time over candidate step time; {levels}; screening picks, it proves nothing"
         parts.append(_indent(_text(note, "dim")))
     if report.final is not None:
-        parts += [Text(), _head("The plan against the untouched script"), _indent(_facts(_final(report)))]
+        parts += [Text(), _head("Confirmation against the untouched script"), _indent(_facts(_final(report)))]
     if report.kept:
         parts += [Text(), _head("Proof")]
-        parts.append(_indent(_facts(_proof_row(row) for row in digest.proof_rows(report))))
-    attribution = [trial for trial in report.trials if trial.stage == "attribution"]
-    if attribution:
+        parts.append(_indent(_facts(_proofs(report))))
+    alone = [trial for trial in report.trials if trial.stage == "attribution"]
+    worth = [(name, words.speedup_text(pairing)) for name, pairing in digest.attribution(plan)]
+    if alone or worth:
         parts += [Text(), _head("Attribution (secondary: one test each, not corrected for their number)")]
-        parts.append(_indent(_trials(attribution)))
-    parts += [Text(), _indent(_facts(_ending(report, report_file)), 0)]
+        parts += [_indent(_facts(worth))] if worth else []
+        parts += [_indent(_trials(alone))] if alone else []
+    parts += [Text(), _indent(_facts(_ending(report, report_file, plan)), 0)]
     return Group(*parts)
 
 
@@ -277,9 +280,7 @@ def _trials(trials: Sequence[Trial]) -> Table:
     table.columns[2].no_wrap = True
     for trial in trials:
         name = _text(trial.name)
-        inner = words.inner_text(trial.name, trial.candidate)
-        if trial.stage == "attribution":
-            inner = f"against {words.names_text(trial.reference)}"
+        inner = sentences.detail_text(trial)
         if inner:
             name.append(f" {inner}", style="dim")
         pairing = trial.pairing
@@ -298,33 +299,50 @@ def _trials(trials: Sequence[Trial]) -> Table:
 
 
 def _outcome(trial: Trial) -> tuple[str, str]:
-    """Outcome and its colour; what screening saw is marked and stays pale."""
+    """Outcome and its colour; the stage is named, and what screening saw stays pale."""
     if trial.stage == "screen":
         return f"{trial.outcome} (screen)", "dim"
+    if trial.stage == "confirm":
+        return f"{trial.outcome} (confirmed)", _OUTCOMES.get(trial.outcome, "dim")
     return trial.outcome, _OUTCOMES.get(trial.outcome, "dim")
 
 
 def _final(report: TuneReport) -> list[tuple[str, str]]:
     final = report.final
     assert final is not None
-    return [
+    rows = [
         ("speed-up", words.speedup_text(final)),
         ("step", f"{sentences.step_text(final.reference_step)} -> {sentences.step_text(final.candidate_step)}"),
         ("pairs", f"{final.quads:,} quads, {words.clean(final.method, 200) or 'method not recorded'}"),
         ("could tell", f"a gain of {words.smallest_text(final)} or more"),
     ]
+    if not report.kept and report.proof is not None:
+        rows.append(("result", words.proof_text(report.proof)))
+    return rows
 
 
-def _proof_row(row: digest.ProofRow) -> tuple[str, str]:
-    pairs = f"; {row.pairs:,} quads" if row.pairs is not None else ""
-    shared = "" if row.own else " (as part of the plan)"
-    return row.name, words.proof_text(row.proof) + pairs + shared
+def _proofs(report: TuneReport) -> list[tuple[str, str]]:
+    """A line per proof; techniques that share the plan's proof share its line."""
+    rows = digest.proof_rows(report)
+    shared = [row for row in rows if not row.own]
+    lines = [(row.name, row) for row in rows if row.own]
+    if shared:
+        lines.append((", ".join(row.name for row in shared), shared[0]))
+    return [
+        (
+            names,
+            words.proof_text(row.proof)
+            + (f"; {row.pairs:,} quads" if row.pairs is not None else "")
+            + ("" if row.own else " (the plan as a whole)"),
+        )
+        for names, row in lines
+    ]
 
 
-def _ending(report: TuneReport, report_file: str) -> list[tuple[str, str]]:
+def _ending(report: TuneReport, report_file: str, plan: Plan | None) -> list[tuple[str, str]]:
     rows = []
     if report.kept:
-        rows.append(("break-even", sentences.break_even_text(report)))
+        rows.append(("break-even", sentences.break_even_text(report, plan)))
     if report.forecast:
         rows.append(("forecast", report.forecast))
     rows.append(("search took", f"{words.duration(report.seconds)} of {words.duration(report.budget)} allowed"))
@@ -417,8 +435,8 @@ def render_plan(plan: Plan) -> RenderableType:
         ("device", plan.device),
         ("made", f"{plan.created} in {words.duration(plan.search_seconds)}"),
     ]
-    parts: list[RenderableType] = [_title("plan", plan.script, plan.arguments), _text(plan.verdict), Text()]
-    parts += [_facts(rows), Text(), _head("Kept")]
+    parts: list[RenderableType] = [_title("plan", plan.script, plan.arguments), *map(_text, words.lines(plan.verdict))]
+    parts += [Text(), _facts(rows), Text(), _head("Kept")]
     for item in plan.kept:
         line = _text(item.name, "bold")
         settings = words.settings_text(item.settings)
@@ -427,7 +445,9 @@ def render_plan(plan: Plan) -> RenderableType:
         parts.append(_indent(line))
         alone = _bounds(item.speedup, item.low, item.high)
         taken_out = _bounds(item.attribution, item.attribution_low, item.attribution_high)
-        parts.append(_indent(_text(f"alone {alone}, {item.pairs:,} quads; worth {taken_out} within the plan"), 4))
+        parts.append(
+            _indent(_text(f"in its trial {alone}, {item.pairs:,} quads; worth {taken_out} within the plan"), 4)
+        )
         if item.note:
             parts.append(_indent(_text(item.note, "dim"), 4))
     if not plan.kept:

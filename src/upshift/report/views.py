@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from upshift.records.finding import Finding
 from upshift.records.measurement import PHASE_TITLES, LineCost, Measurement
+from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
 from upshift.report import digest, sentences, svg, words
@@ -48,7 +49,7 @@ class Claim(NamedTuple):
     big: str
     unit: str
     under: tuple[str, ...]
-    verdict: str
+    verdict: list[str]
     more: str = ""
 
     @property
@@ -88,14 +89,16 @@ def tune_claim(report: TuneReport) -> Claim:
     if kind == "win" and report.final is not None:
         under = (f"faster, {words.bounds_text(report.final)}", words.rung_text(report.proof))
         big = words.ratio(report.final.ratio).removesuffix("x")
-        return Claim(kind, big, "×", under, report.verdict, report.forecast)
+        return Claim(kind, big, "×", under, words.lines(report.verdict), report.forecast)
     if kind == "unproven":
-        return Claim(kind, "Not shown", "", (sentences.headline(report),), report.verdict, report.forecast)
+        return Claim(kind, "Not shown", "", (sentences.headline(report),), words.lines(report.verdict), report.forecast)
     big = "Interrupted" if kind == "interrupted" else "Keep your baseline"
-    return Claim(kind, big, "", (sentences.headline(report),) if kind == "interrupted" else (), report.verdict)
+    return Claim(
+        kind, big, "", (sentences.headline(report),) if kind == "interrupted" else (), words.lines(report.verdict)
+    )
 
 
-def tune_strip(report: TuneReport) -> list[Fact]:
+def tune_strip(report: TuneReport, plan: Plan | None) -> list[Fact]:
     final, strip = report.final, []
     if final is not None:
         times = f"{sentences.step_text(final.reference_step)} → {sentences.step_text(final.candidate_step)}"
@@ -104,7 +107,7 @@ def tune_strip(report: TuneReport) -> list[Fact]:
         proof = report.proof
         lag = words.lag_text(proof) if proof is not None else "no proof recorded"
         strip.append(Fact("Proof of the result", words.rung_name(proof), lag))
-        paid, _, cost = sentences.break_even_text(report).partition(" (")
+        paid, _, cost = sentences.break_even_text(report, plan).partition(" (")
         strip.append(Fact("Break-even", paid, cost.removesuffix(")")))
     else:
         tried = sum(trial.pairing is not None for trial in report.trials)
@@ -126,23 +129,23 @@ _PILLS = {"faster": "good", "slower": "warn", "failed": "bad"}
 _GROUPS = {
     "confirm": "Confirmed in fresh processes",
     "screen": "Screened: picks what to confirm",
-    "attribution": "Attribution: secondary",
+    "attribution": "Worth within the plan: secondary",
     "check": "Checked",
 }
 
 
-def tried(report: TuneReport) -> dict[str, Any]:
+def tried(report: TuneReport, plan: Plan | None) -> dict[str, Any]:
     trials = digest.ordered(report.trials)
     rows = []
     for trial in trials:
         if trial.pairing is not None:
-            detail = words.inner_text(trial.name, trial.candidate)
-            if trial.stage == "attribution":
-                detail = f"against {words.names_text(trial.reference)}"
+            detail = sentences.detail_text(trial)
             group = _GROUPS.get(trial.stage, trial.stage)
             confirmed = trial.stage == "confirm"
             label = words.clean(trial.name)
             rows.append(svg.Row(label, detail, trial.pairing, _kind(report, trial), confirmed, group))
+    for name, worth in digest.attribution(plan):
+        rows.append(svg.Row(words.clean(name), "", worth, "faster", False, _GROUPS["attribution"]))
     forest = _figure(
         lambda width, ident: svg.forest(rows, width, ident),
         "forest",
@@ -157,16 +160,15 @@ def tried(report: TuneReport) -> dict[str, Any]:
         pill = _PILLS.get(trial.outcome, "plain") if trial.stage in ("confirm", "check") else "plain"
         why = trial.reason + (f": {trial.failure}" if trial.failure else "")
         cost = f"one-off cost {words.duration(trial.one_off_seconds)}" if trial.one_off_seconds > 0 else ""
-        settings = words.arm_text(trial.candidate)
-        against = f"against {words.arm_text(trial.reference)}"
         cells.append((
-            Cell(words.clean(trial.name), f"{settings} {against}" if trial.stage == "attribution" else settings),
+            Cell(words.clean(trial.name), sentences.detail_text(trial)),
             Cell(trial.outcome, trial.stage, pill=pill),
             Cell(ratio, bounds),
             Cell(words.clean(why, 2000), cost),
         ))  # fmt: skip
     return {
-        "lead": "Each technique against the untouched script, timed side by side. Only what was confirmed counts.",
+        "lead": "Two arms a row, timed side by side. Screening starts from the untouched script and keeps what is "
+        "faster; only what is confirmed against the untouched script in fresh processes counts.",
         "forest": forest,
         "columns": (Column("technique"), Column("outcome"), Column("ratio"), Column("why")),
         "rows": cells,
@@ -216,8 +218,9 @@ def proof_view(report: TuneReport) -> dict[str, Any]:
             Cell("passed" if check.passed else "failed", pill="good" if check.passed else "bad"),
         ))  # fmt: skip
     lead = words.proof_text(whole)
+    unkept = "Nothing was kept, so nothing had to be proven." if whole is None else f"Nothing was kept: {lead}."
     return {
-        "lead": f"{lead[:1].upper()}{lead[1:]}." if report.kept else "Nothing was kept, so nothing had to be proven.",
+        "lead": f"{lead[:1].upper()}{lead[1:]}." if report.kept else unkept,
         "losses": figure,
         "columns": (
             Column("technique"), Column("shown"), Column("lag"), Column("smallest lag it could show"), Column("quads"),
@@ -308,7 +311,7 @@ def where(measurement: Measurement, more: list[svg.Bar]) -> dict[str, Any]:
 
 def _line(line: LineCost) -> tuple[Cell, ...]:
     return (
-        Cell(f"{words.clean(line.file, 300)}:{line.line}", line.function),
+        Cell(words.place_text(line.file, line.line), line.function),
         Cell(words.quantity_text(line.share, unit="fraction", n=False)),
         Cell(words.quantity_text(line.seconds, n=False)),
         Cell(words.clean(line.text.strip(), 300) or words.clean(line.function, 100), line.kind),

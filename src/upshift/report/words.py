@@ -101,7 +101,10 @@ def percent(value: float | None, *, signed: bool = False) -> str:
     magnitude = abs(value)
     sign = "-" if value < 0 else ("+" if signed and value > 0 else "")
     if 0 < magnitude < 0.001:
-        return f"{sign}{magnitude * 100:.1g} %" if magnitude >= 1e-6 else f"{sign}{magnitude * 100:.0e} %"
+        if magnitude < 1e-8:
+            return f"{sign}{magnitude * 100:.0e} %"
+        # One significant digit, written out: -0.000009 % reads better than -9e-06 %.
+        return f"{sign}{magnitude * 100:.{-math.floor(math.log10(magnitude * 100))}f} %"
     if magnitude >= 1:
         scaled = min(magnitude * 100, 1e308)
         return f"{sign}{scaled:,.0f} %" if scaled < 1e9 else f"{sign}{scaled:.3g} %"
@@ -242,17 +245,22 @@ def names_text(arm: dict[str, dict[str, Setting]]) -> str:
     return " + ".join(clean(name, 80) for name in arm) or "stock"
 
 
-def inner_text(name: str, arm: dict[str, dict[str, Setting]]) -> str:
-    """What an arm called `name` adds to that name: its settings, or the techniques it is made of."""
-    if list(arm) == [name]:
-        return settings_text(arm[name])
-    return names_text(arm)
+def lines(text: str, most: int = 200) -> list[str]:
+    """The lines of a longer text, each clean; blank ones are left out."""
+    return [clean(line) for line in text.splitlines()[:most] if line.strip()]
 
 
 def command_text(script: str, arguments: tuple[str, ...] = ()) -> str:
     """The script and its arguments as typed."""
     quoted = (f"'{argument}'" if (not argument or " " in argument) else argument for argument in arguments)
     return clean(" ".join((script, *quoted)), 400)
+
+
+def place_text(file: str, line: int) -> str:
+    """A line of a script, long paths cut to their last two parts: `…/demo/train.py:88`."""
+    parts = clean(file, 4000).split("/")
+    shown = "…/" + "/".join(parts[-2:]) if file.startswith("/") and len(parts) > 3 else "/".join(parts)
+    return f"{clean(shown, 200)}:{line}"
 
 
 def when_text(stamp: str) -> str:
@@ -263,10 +271,8 @@ def when_text(stamp: str) -> str:
 
 def bounds_text(pairing: Pairing) -> str:
     """`99 % bounds 1.39x to 1.47x, 52 quads`: each bound is one-sided."""
-    return (
-        f"{percent(pairing.level)} bounds {ratio(pairing.low)} to {ratio(pairing.high)}, "
-        f"{pairing.quads:,} quad{'' if pairing.quads == 1 else 's'}"
-    )
+    quads = f", {pairing.quads:,} quad{'' if pairing.quads == 1 else 's'}" if pairing.quads > 0 else ""
+    return f"{percent(pairing.level)} bounds {ratio(pairing.low)} to {ratio(pairing.high)}{quads}"
 
 
 def smallest_text(pairing: Pairing | None) -> str:
