@@ -266,5 +266,7 @@ def test_near_floor_is_a_note_not_a_promise() -> None:
     found = speaks("near_floor", near)
     assert found.severity == "note" and found.gain.value == 1.0 and "Nothing much" in found.title
     assert speaks("near_floor", measurement(floor=floor(bandwidth_floor=q(0.09))))
-    for other in (floor(), floor(arithmetic_floor=unknown("s"), bandwidth_floor=unknown("s")), None):
+    too_low = floor(arithmetic_floor=q(0.08), best_peak_flops=Quantity(value=1e10, unit="FLOP/s", basis="estimated"))
+    above = floor(arithmetic_floor=q(0.2))  # no step beats its floor: the peak is wrong
+    for other in (floor(), too_low, above, floor(arithmetic_floor=unknown("s"), bandwidth_floor=unknown("s")), None):
         assert finding("near_floor", measurement(floor=other)) is None

@@ -382,6 +382,13 @@ def test_a_lower_bound_is_not_called_measured() -> None:
     assert found.note.startswith("lower bound")
 
 
+def test_a_peak_probed_on_a_busy_machine_is_an_estimate_without_upper_end() -> None:
+    busy = msgspec.structs.replace(peaks(float32=q(1e11, low=0.8e11, high=1.25e11)), busy=True)
+    found = floor(counted(), STEP, busy)
+    assert found.peak_flops.basis == found.mfu.basis == found.bandwidth.basis == "estimated"
+    assert found.peak_flops.high is None and found.mfu.low is None and found.mfu.high is not None
+
+
 def test_above_the_peak_is_said() -> None:
     assert "above 100 %" in floor(counted(1e12), STEP, peaks(float32=q(1e11))).note
 

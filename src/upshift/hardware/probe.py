@@ -78,6 +78,8 @@ class Peaks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth: Peak
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    busy: bool = False
+    """Other work took the cores while this was measured: the figures are too low."""
     schema: int = SCHEMA
 
 
@@ -170,6 +172,7 @@ class _Product:
         self.size = 256 if device.type == "cpu" else 1024
         self.rates: list[float] = []
         self.cost = 0.0
+        self.processor = 0.0
         self._longest, self._largest = longest, largest
         self._make()
 
@@ -187,7 +190,9 @@ class _Product:
 
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "tf32" if self.name == "tf32" else "ieee"
+        begin = time.process_time()
         seconds = timed(lambda: torch.mm(self._a, self._b, out=self._out), self.device)
+        self.processor += time.process_time() - begin
         self.cost += seconds
         return seconds
 
@@ -199,11 +204,11 @@ class _Product:
         """
         import torch
 
-        before = time.process_time()
+        before = self.processor
         seconds = self.once()
         if self.device.type != "cpu":
             return seconds, seconds
-        return seconds, min(seconds, (time.process_time() - before) / torch.get_num_threads())
+        return seconds, min(seconds, (self.processor - before) / torch.get_num_threads())
 
     def grow(self) -> None:
         """Warm up, then double the size while a call stays short. A very slow dtype stays at the first size."""
@@ -312,12 +317,11 @@ def probe(device: str = "cpu", *, refresh: bool = False, threads: int | None = N
     if not refresh and (found := _load(path)) is not None:
         tell(f"peaks of {name} were measured {found.created}")
         return msgspec.structs.replace(found, device=device)
-    start, processor = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     with _settings(wanted.type, threads):
-        flops, bandwidth, notes = _measure(wanted, tell)
+        flops, bandwidth, used, notes = _measure(wanted, tell)
     seconds = time.perf_counter() - start
-    used = (time.process_time() - processor) / (seconds * threads)
-    busy = wanted.type == "cpu" and used < LEAST_USE
+    busy = used < LEAST_USE
     if busy:
         notes.append(f"other work was running: the probe got {used:.0%} of its cores, so the peaks are too low")
     peaks = Peaks(
@@ -331,13 +335,15 @@ def probe(device: str = "cpu", *, refresh: bool = False, threads: int | None = N
         bandwidth=bandwidth,
         seconds=seconds,
         notes=tuple(notes),
+        busy=busy,
     )
     if not busy:
         _store(path, peaks)
     return peaks
 
 
-def _measure(device: torch.device, tell: Say) -> tuple[dict[str, Peak], Peak, list[str]]:
+def _measure(device: torch.device, tell: Say) -> tuple[dict[str, Peak], Peak, float, list[str]]:
+    """Peaks per dtype, bandwidth, the share of its cores' time the probe got (1 on a device), and notes."""
     import torch
 
     cuda = device.type == "cuda"
@@ -385,7 +391,12 @@ def _measure(device: torch.device, tell: Say) -> tuple[dict[str, Peak], Peak, li
         if item.size < 512:
             notes.append(f"{item.name} is so slow here that it was measured on {item.size} x {item.size} only")
     flops = {item.name: peak_of(item.rates, "FLOP/s") for item in products}
-    return flops, peak_of(copy.rates, "B/s"), notes
+    used = 1.0
+    if not cuda and products:
+        # The fastest product keeps every thread busy unless other work takes the cores; slow fallbacks use one.
+        fastest = max(products, key=lambda item: max(item.rates))
+        used = fastest.processor / (fastest.cost * torch.get_num_threads())
+    return flops, peak_of(copy.rates, "B/s"), used, notes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,8 +5,8 @@ attention and recurrent layers are counted by formula, a multiply-add as two; th
 element (`formulas.elementwise_cost`); other elementwise work is counted in bytes only, as in the usual FLOP counts
 (Chowdhery et al. 2022, appendix B). The count slows every operation: it is for one step, never for the steady state.
 
-Limits: a compiled region may show only the kernels it calls from outside, not those it generated; a CUDA graph replay shows
-nothing. Both make the count a lower bound. Nothing is counted in another thread or process.
+Limits: a compiled region may show only the kernels it calls from outside, not those it generated; a CUDA graph replay
+shows nothing. Both make the count a lower bound. Nothing is counted in another thread or process.
 """
 
 from __future__ import annotations
@@ -361,10 +361,15 @@ def _take_off(mode: Any) -> bool:
     return True
 
 
-def _quantity(peak: Peak | None, unit: str) -> Quantity:
-    """A peak of the probe (which sits in a layer that cannot see records) as a quantity."""
+def _quantity(peak: Peak | None, unit: str, busy: bool) -> Quantity:
+    """A peak of the probe (which sits in a layer that cannot see records) as a quantity.
+
+    What was probed on a busy machine is no peak: it is marked as an estimate, without an upper end.
+    """
     if peak is None:
         return unknown(unit)
+    if busy and peak.value is not None:
+        return Quantity(value=peak.value, unit=unit, low=peak.low, n=peak.n, basis="estimated", level=peak.level)
     return Quantity(
         value=peak.value, unit=unit, low=peak.low, high=peak.high, n=peak.n, basis=peak.basis, level=peak.level
     )
@@ -418,16 +423,16 @@ def floor(count: StepCount, step_seconds: Quantity, peaks: Peaks, dtype: str = "
         What is not known stays unknown.
     """
     dtype = dtype or count.dtype
-    present = _quantity(peaks.flops.get(dtype), "FLOP/s")
+    present = _quantity(peaks.flops.get(dtype), "FLOP/s", peaks.busy)
     best_dtype, best = dtype, present
     candidates = () if dtype in ("float64", "unknown") else ("float32", "tf32", "bfloat16")
     for name in candidates:
-        other = _quantity(peaks.flops.get(name), "FLOP/s")
+        other = _quantity(peaks.flops.get(name), "FLOP/s", peaks.busy)
         if other.value is not None and (best.value is None or other.value > best.value):
             best_dtype, best = name, other
     flops = _exact(count.flops)
     least = _exact(count.least_bytes)
-    bandwidth = _quantity(peaks.bandwidth, "B/s")
+    bandwidth = _quantity(peaks.bandwidth, "B/s", peaks.busy)
     moved = least
     if least.value is not None and count.bytes_moved.value is not None:
         moved = msgspec.structs.replace(least, high=max(least.value, count.bytes_moved.value))

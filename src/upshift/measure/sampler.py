@@ -40,7 +40,8 @@ def wilson(successes: float, n: float, z: float = 1.959964) -> tuple[float, floa
     share = min(1.0, max(0.0, successes / n))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At a share of 0 or 1 the end equals it but for rounding.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 class HostSampler:
@@ -120,7 +121,8 @@ class HostSampler:
         while not self._end.wait(self._period * self._jitter.uniform(0.5, 1.5)):
             if not self._counting:
                 continue
-            frame = sys._current_frames().get(self._thread_id)
+            # Identifiers are used again: this thread may have got that of a training thread which has ended.
+            frame = sys._current_frames().get(self._thread_id) if self._thread_id != threading.get_ident() else None
             place = self._place(frame)
             self._spent, self._alive = time.thread_time() - spent, time.perf_counter() - begun
             del frame  # a frame kept alive keeps the script's tensors alive

@@ -16,7 +16,8 @@ class StepRecord(NamedTuple):
     `total` runs from the end of the step before to the end of this one and includes `nograd` (work without
     gradients: evaluation, or a teacher network) and `checkpoint` (`torch.save`).
     `epochs` counts training iterators made in this step.
-    `losses` are what the backward calls started from, as scalar tensors or floats, one per call.
+    `losses` are what the backward calls started from, one per call: floats on the CPU, detached scalar tensors
+    elsewhere.
     """
 
     number: int

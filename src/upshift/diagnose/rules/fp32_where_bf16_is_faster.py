@@ -20,15 +20,13 @@ LEAST_RATIO = 1.3
 
 
 def rule(m: Measurement) -> Finding | None:
-    """Speaks on measured peaks only; the gain lies between the arithmetic alone and all of forward and backward."""
+    """Speaks on probed peaks; the gain lies between the arithmetic alone and all of forward and backward."""
     floor = m.floor
     if floor is None or m.facts.autocast or floor.dtype not in ("float32", "tf32") or floor.best_dtype != "bfloat16":
         return None
     present, best = known(floor.peak_flops), known(floor.best_peak_flops)
     share = share_of(m, "forward", "backward")
     if not present or not best or share.value is None or best < LEAST_RATIO * present:
-        return None
-    if floor.peak_flops.basis != "measured" or floor.best_peak_flops.basis != "measured":
         return None
     factor = best / present
     products = min(share.value, known(floor.mfu) or 0.0)

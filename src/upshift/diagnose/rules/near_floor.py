@@ -16,6 +16,8 @@ CARD = FindingCard(
     limits="A floor from a lower bound of the FLOPs is itself low; against a peak probed on a busy machine, too high.",
 )
 LEAST = 0.7
+#: No step beats its floor: one far above the step rests on a wrong peak.
+MOST = 1.1
 
 
 def rule(m: Measurement) -> Finding | None:
@@ -23,8 +25,10 @@ def rule(m: Measurement) -> Finding | None:
     floor, step = m.floor, known(m.anatomy.step)
     if floor is None or not step:
         return None
-    floors = [value for item in (floor.arithmetic_floor, floor.bandwidth_floor) if (value := known(item)) is not None]
-    if not floors or max(floors) < LEAST * step:
+    # A peak that is only estimated (probed on a busy machine, say) is too low, and would put the floor too high.
+    pairs = ((floor.arithmetic_floor, floor.best_peak_flops), (floor.bandwidth_floor, floor.bandwidth))
+    floors = [value for item, peak in pairs if peak.basis == "measured" and (value := known(item)) is not None]
+    if not floors or not LEAST * step <= max(floors) <= MOST * step:
         return None
     least = max(floors)
     share = min(1.0, least / step)
