@@ -145,11 +145,13 @@ def _by_lag(
         weaker.append("another random stream: the curves differ as those of two seeds do")
     if lag.identical:
         return proof("trajectory", True, "losses are identical")
-    far = lag.excess is not None and lag.noise is not None and lag.excess > FAR * lag.noise
+    if lag.excess is None:
+        return proof("none", False, f"not shown: {lag.reason or 'the stock losses are all zero'}")
+    far = lag.noise is not None and lag.excess > FAR * lag.noise
     if lag.lag is None or lag.low is None or lag.high is None:
         # Without a falling stock curve there is no lag, but a planned curve that lies above it is harm all the same.
         sure = lag.excess_low is not None and lag.excess_low > FLAT_MARGIN
-        if lag.excess is not None and lag.excess > FLAT_MARGIN and (far or sure):
+        if lag.excess > FLAT_MARGIN and (far or sure):
             return proof("none", False, f"the planned loss is higher by {lag.excess:.2%} of the starting loss")
         weaker.append(lag.reason)
         return proof("update", True, f"updates agree; {lag.reason}")

@@ -96,7 +96,7 @@ class Autopilot:
         self.began = time.monotonic()
         self.step = max(seen.anatomy.step.or_else(0.05), 1e-4)
         self.startup = seen.anatomy.startup.or_else(5.0) + 2.0
-        self.steps_per_epoch = _steps_per_epoch(seen)
+        self.steps_per_epoch = steps_per_epoch(seen)
         self.planned = options.steps_planned or seen.facts.steps_total
         self._seed = options.seed
         self._dropped: dict[str, str] = {}
@@ -415,6 +415,10 @@ class Autopilot:
             return f"Keep your baseline: faster, but quality was not shown: {confirmation.proof.reason}."
         if confirmation is not None:
             return "Keep your baseline: what looked faster when screened was not confirmed in fresh processes."
+        tried = [trial for trial in self.trials if trial.stage == "screen" and trial.outcome != "not tried"]
+        if not tried:
+            skipped = next((trial.reason for trial in self.trials if trial.outcome == "not tried"), "nothing applies")
+            return f"Keep your baseline: nothing was tried ({skipped})."
         return "Keep your baseline: nothing tried made the training step faster beyond the noise."
 
 
@@ -426,7 +430,7 @@ def _break_even(confirmation: Confirmation) -> float | None:
     return confirmation.one_off / saved if saved > 0 else None
 
 
-def _steps_per_epoch(seen: Measurement) -> float | None:
+def steps_per_epoch(seen: Measurement) -> float | None:
     """Global steps an epoch of the training loader makes; None without one."""
     for loader in seen.facts.loaders:
         if loader.training and loader.samples and loader.batch_size:

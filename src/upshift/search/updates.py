@@ -6,23 +6,22 @@ arm, c: of the candidate):
 relative error   |c - r| / |r|
 cosine           c.r / (|c| |r|)
 norm ratio       |c| / |r|
-scale            the smaller of | |c| / |r| - 1 | and | c.r / |r|^2 - 1 |
 worst            the lowest cosine of one main parameter
 
-`scale` takes the smaller of two because each is blind to one kind of harmless rounding: independent rounding
-lengthens c (not its projection), and Adam's first, sign-like update loses projection where tiny gradients change sign
-(not length). A wrong learning rate or loss scale moves both. Small parameters are left out because some have a true
-gradient of zero (the bias of a convolution before BatchNorm, of attention keys) and get a full-size random update
-from Adam in any precision; they are only looked at for being `dead`: moved by the reference, not by the candidate.
+The norm ratio of the first step is what shows a wrong learning rate or loss scale: rounding turns an update, and
+changes the sign of single elements in Adam's first, sign-like one, but hardly its length. Small parameters are left
+out because some have a true gradient of zero (the bias of a convolution before BatchNorm, of attention keys) and get
+a full-size random update from Adam in any precision; they are only looked at for being `dead`: moved by the
+reference, not by the candidate.
 
 Thresholds rest on these ranges, measured on a char GPT, an LSTM, an MLP, a small conv net and a ResNet-18 of width
 16 with SGD and momentum, Adam and AdamW (bf16 as autocast or emulated by rounding; float32: fused optimizers,
 channels_last, parameters moved by 1e-6):
 
-step  genuine         error          cosine    scale      worst     nearest faults
+step  genuine         error          cosine    |ratio-1|  worst     nearest faults
 1     optimizer only  <= 3e-7        1         0          1         no weight decay: error 0.0007 .. 0.007
-1     float32         <= 0.056       >= 0.998  <= 0.0004  >= 0.997  lr x 1.02: scale 0.020; layer dropped: worst 0.01
-1     bf16            0.003 .. 0.52  >= 0.86   <= 0.014   >= 0.77   lr x 0.98: scale 0.019; Adam eps 1e-4: scale 0.065;
+1     float32         <= 0.056       >= 0.998  <= 0.0004  >= 0.997  lr x 1.02: ratio 1.020; layer dropped: worst 0.01
+1     bf16            0.003 .. 0.52  >= 0.86   <= 0.014   >= 0.77   lr x 0.98: ratio 0.981; Adam eps 1e-4: ratio 0.93;
                                                                     BatchNorm frozen: cosine 0.36
 2     float32         <= 0.17        >= 0.985  <= 0.014   >= 0.97   update permuted: worst about 0
 2     bf16            0.002 .. 0.74  >= 0.73   <= 0.023   >= 0.52   layer dropped: worst 0.01
@@ -31,9 +30,10 @@ step  genuine         error          cosine    scale      worst     nearest faul
 10    ResNet, both    0.56 .. 2.0    >= 0.23   <= 0.8     >= -0.02  only gross faults can be seen
 
 A ResNet amplifies rounding a thousandfold within three steps: channels_last in float32 is decorrelated from stock by
-step 10. That is chaos, not harm, so from step 3 on thresholds are strict only where step 2 was tame. What cannot
-be seen unless the plan changes the optimizer only: a missing weight decay (0.7 % of the update or less). In bf16
-a scale off by less than 1 to 2 % passes.
+step 10. That is chaos, not harm, so step 2 is held to a multiple of the error of step 1, and from step 3 on
+thresholds are strict only where step 2 was tame. What cannot be seen: a missing weight decay (0.7 % of the update or
+less), unless the plan changes the optimizer only; in bf16, a learning rate off by less than 1 to 2 %; in training
+that amplifies rounding, faults that begin after step 2.
 """
 
 from __future__ import annotations
@@ -62,39 +62,45 @@ MAIN = 0.95
 
 
 class Limits(NamedTuple):
-    """Largest relative error, lowest cosine (of all, of one parameter), largest scale error and norm factor."""
+    """Largest relative error, lowest cosine (of all, of one parameter), largest factor between the norms less one."""
 
     error: float
     cosine: float
     worst: float
-    scale: float
     norm: float
 
 
 #: By precision and stage: the first step, the second, later ones of tame training, later ones of any.
 LIMITS: dict[Precision, dict[str, Limits]] = {
     "optimizer": {
-        "first": Limits(1e-4, 0.999, 0.999, 1e-4, 1.001),
-        "second": Limits(0.03, 0.999, 0.99, 0.01, 1.05),
-        "tame": Limits(0.20, 0.98, 0.9, 0.05, 1.1),
-        "later": Limits(math.inf, -0.5, -1.0, math.inf, 4.0),
+        "first": Limits(1e-4, 0.999, 0.999, 1e-4),
+        "second": Limits(0.03, 0.999, 0.99, 0.01),
+        "tame": Limits(0.20, 0.98, 0.9, 0.05),
+        "later": Limits(math.inf, -0.5, -1.0, 3.0),
     },
     "float32": {
-        "first": Limits(0.10, 0.995, 0.98, 0.004, 1.02),
-        "second": Limits(0.30, 0.95, 0.85, 0.05, 1.1),
-        "tame": Limits(0.20, 0.98, 0.9, 0.05, 1.1),
-        "later": Limits(math.inf, -0.5, -1.0, math.inf, 4.0),
+        "first": Limits(0.10, 0.995, 0.98, 0.004),
+        "second": Limits(0.30, 0.95, 0.85, 0.05),
+        "tame": Limits(0.20, 0.98, 0.9, 0.05),
+        "later": Limits(math.inf, -0.5, -1.0, 3.0),
     },
     "bfloat16": {
-        "first": Limits(0.70, 0.75, 0.6, 0.01, 1.1),
-        "second": Limits(0.95, 0.5, 0.3, 0.10, 1.2),
-        "tame": Limits(0.45, 0.9, 0.6, 0.10, 1.2),
-        "later": Limits(math.inf, -0.5, -1.0, math.inf, 4.0),
+        "first": Limits(0.70, 0.75, 0.6, 0.01),
+        "second": Limits(0.95, 0.5, 0.3, 0.10),
+        "tame": Limits(0.45, 0.9, 0.6, 0.10),
+        "later": Limits(math.inf, -0.5, -1.0, 3.0),
     },
+}
+#: Relative error of step 2 at most: this times that of step 1, plus this. Amplification measured: in float32 up to 35
+#: times (ResNet), in bf16, where it saturates, up to 2.5 times.
+GROWTH: dict[Precision, tuple[float, float]] = {
+    "optimizer": (100.0, 0.02),
+    "float32": (45.0, 0.05),
+    "bfloat16": (3.0, 0.10),
 }
 #: Relative error of step 2 below which training does not amplify rounding.
 TAME: dict[Precision, float] = {"optimizer": 0.01, "float32": 0.05, "bfloat16": 0.3}
-#: Part of the relative error that may show as an error of scale, in a sum of finitely many rounded terms.
+#: Part of the relative error that may show in the norm ratio of the first step in bf16.
 LEAK = 0.03
 #: A parameter the reference moves, with less than this part of its update left, is dead.
 DEAD = 0.02
@@ -119,8 +125,8 @@ def check_updates(
         other_batch: an update of the reference arm on another batch (its next step will do); shown as `noise`.
         kind: `bitwise` demands equal bits, all others go by `dtype_hint`.
         dtype_hint: the lowest precision the plan introduces.
-        earlier: checks of earlier steps of the same arms. They show whether the training amplifies rounding; without
-            them a step after the second is only tested for gross faults.
+        earlier: checks of earlier steps of the same arms. They show how much the training amplifies rounding; without
+            them a step after the second is only tested for gross faults, and the second less strictly.
 
     Returns:
         The measures and whether they are within what precision explains. `worst` names the parameter furthest off.
@@ -157,7 +163,6 @@ def check_updates(
     error = math.sqrt(math.fsum(float(((c[name] - r[name]) ** 2).sum()) for name in main) / rr)
     cosine = rc / math.sqrt(rr * cc) if cc > 0.0 else 0.0
     norm = math.sqrt(cc / rr)
-    scale = min(abs(norm - 1.0), abs(rc / rr - 1.0))
 
     def cosine_of(name: str) -> float:
         length = math.sqrt(power[name] * float(c[name] @ c[name]))
@@ -181,13 +186,20 @@ def check_updates(
     if kind is Numerics.BITWISE:
         passed = all(np.array_equal(r[name], c[name]) for name in r)
     else:
-        limits = LIMITS[dtype_hint][_stage(step, dtype_hint, earlier)]
+        stage = _stage(step, dtype_hint, earlier)
+        limits = LIMITS[dtype_hint][stage]
+        allowed, factor = limits.error, limits.norm
+        if stage == "first" and dtype_hint == "bfloat16":
+            factor += LEAK * error
+        first = [check for check in earlier if check.step == 1 and check.worst != NOTHING_MOVED]
+        if stage == "second" and first:
+            times, plus = GROWTH[dtype_hint]
+            allowed = min(allowed, times * first[0].relative_error + plus)
         passed = (
-            error <= limits.error
+            error <= allowed
             and cosine >= limits.cosine
             and worst_cosine >= limits.worst
-            and scale <= limits.scale + (LEAK * error if dtype_hint == "bfloat16" else 0.0)
-            and 1.0 / limits.norm <= norm <= limits.norm
+            and 1.0 / (1.0 + factor) <= norm <= 1.0 + factor
             and not dead
         )
     if dead:
