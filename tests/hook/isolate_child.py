@@ -1,7 +1,7 @@
-"""Run in a child of test_isolate.py: enter isolation, write wherever a training script might, report what is seen.
+"""Run in a child of test_isolate.py: enter isolation, write wherever a script might, report what is seen.
 
-Usage: python isolate_child.py RUNG SCRATCH KEEP ELSEWHERE STAGE...; the working directory is the user's project,
-which has a copy of this file. Prints one JSON object: the rung, its detail, and by name what each stage found.
+Usage: python isolate_child.py RUNG SCRATCH KEEP ELSEWHERE STAGE...; the working directory is the user's
+project, which has a copy of this file. Prints a JSON object: the rung, its detail, and what each stage found.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def write(path: str | pathlib.Path, content: str, mode: str = "w") -> str:
     return text(path)
 
 
+def touch(path: str, mode: str = "w") -> str:
+    with open(path, mode) as file:
+        return str(file.name)
+
+
 def raises(function: Callable[..., object], *arguments: object) -> str:
     try:
         function(*arguments)
@@ -53,16 +58,20 @@ def new_files(elsewhere: pathlib.Path) -> dict[str, object]:
         "beside the script": write(HERE / "out" / "c.txt", "c"),
         "home": write(os.path.expanduser("~/d.txt"), "d"),
         "pathlib": pathlib.Path("runs/e.txt").write_text("e") and pathlib.Path("runs/e.txt").read_text(),
-        "exists": [os.path.exists("runs/e.txt"), pathlib.Path("runs/exp1").is_dir(), os.path.getsize("runs/e.txt")],
+        "exists": [
+            os.path.exists("runs/e.txt"),
+            pathlib.Path("runs/exp1").is_dir(),
+            os.path.getsize("runs/e.txt"),
+        ],
         "listed": sorted(os.listdir(".")),
         "walked": sorted(os.path.join(folder, name) for folder, _, names in os.walk("runs") for name in names),
         "globbed": sorted(glob.glob("runs/**/*.txt", recursive=True)),
         "rglobbed": sorted(map(str, pathlib.Path("runs").rglob("*.txt"))),
-        "exclusive": raises(lambda: open("runs/e.txt", "x")),
-        "exclusive on an old file": raises(lambda: open("notes.txt", "x")),
-        "missing folder": raises(lambda: open("nowhere/x.txt", "w")),
+        "exclusive": raises(touch, "runs/e.txt", "x"),
+        "exclusive on an old file": raises(touch, "notes.txt", "x"),
+        "missing folder": raises(touch, "nowhere/x.txt"),
         "making an old folder": raises(os.mkdir, "data"),
-        "name": open("runs/e.txt").name,
+        "name": touch("runs/e.txt", "r"),
     }
     with tempfile.NamedTemporaryFile("w", dir="runs", delete=False) as file:
         file.write("t")
@@ -97,7 +106,11 @@ def old_files(elsewhere: pathlib.Path) -> dict[str, object]:
     found["updated"] = text("data/input.txt")
     found["read through data link"] = text("data_link/input.txt")
     os.remove("obsolete.txt")
-    found["removed"] = [os.path.exists("obsolete.txt"), "obsolete.txt" in os.listdir("."), raises(text, "obsolete.txt")]
+    found["removed"] = [
+        os.path.exists("obsolete.txt"),
+        "obsolete.txt" in os.listdir("."),
+        raises(text, "obsolete.txt"),
+    ]
     found["removed twice"] = raises(os.remove, "obsolete.txt")
     found["recreated"] = write("obsolete.txt", "again")
     shutil.rmtree("old_run")
@@ -121,7 +134,7 @@ def old_files(elsewhere: pathlib.Path) -> dict[str, object]:
     found["linked"] = os.path.exists("hard.txt")
     found["not empty"] = raises(os.rmdir, "folder_2")
     found["a folder is no file"] = raises(os.remove, "folder_2")
-    found["open a folder"] = raises(lambda: open("folder_2", "w"))
+    found["open a folder"] = raises(touch, "folder_2")
     found["entries"] = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in os.scandir("."))
     return found
 
@@ -195,7 +208,7 @@ def workers(elsewhere: pathlib.Path) -> dict[str, object]:
         "shared memory": shared,
         "in /dev/shm": write(f"/dev/shm/upshift-test-{os.getpid()}", "s"),
         "cleaned": os.remove(f"/dev/shm/upshift-test-{os.getpid()}"),
-        "null": open("/dev/null", "w").write("x"),
+        "null": pathlib.Path("/dev/null").write_text("x"),
     }
 
 

@@ -1,6 +1,7 @@
 """Do random things to files and print what came of it, for comparison with the same in isolation.
 
-Usage: python isolate_model.py RUNG SCRATCH SEED STEPS, in a directory made by `prepare`. RUNG "none": unprotected.
+Usage: python isolate_model.py RUNG SCRATCH SEED STEPS, in a directory made by `prepare`; RUNG "none" is without
+isolation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,20 @@ import random
 import shutil
 import sys
 
-NAMES = ("a", "b", "sub", "sub/a", "sub/b", "sub/deep", "sub/deep/a", "other", "other/a", "other/b", "link", "link/a")
+NAMES = (
+    "a",
+    "b",
+    "sub",
+    "sub/a",
+    "sub/b",
+    "sub/deep",
+    "sub/deep/a",
+    "other",
+    "other/a",
+    "other/b",
+    "link",
+    "link/a",
+)
 
 
 def prepare(base: pathlib.Path) -> None:
@@ -31,7 +45,7 @@ def look() -> list[object]:
         folders.sort()
         for name in sorted(files):
             path = os.path.join(folder, name)
-            found.append((path, os.readlink(path) if os.path.islink(path) else open(path).read()))
+            found.append((path, os.readlink(path) if os.path.islink(path) else pathlib.Path(path).read_text()))
         found += [(folder, name, os.path.islink(os.path.join(folder, name))) for name in folders]
     return found
 
@@ -41,15 +55,40 @@ def step(random: random.Random) -> object:
     one, two = random.choice(NAMES), random.choice(NAMES)
     text = str(random.random())
     kind = random.choice(
-        "write append update exclusive read remove rmdir mkdir makedirs rename replace listdir exists rmtree symlink "
-        "link copytree move truncate chmod stat scan chdir islink copy".split()
+        [
+            "write",
+            "append",
+            "update",
+            "exclusive",
+            "read",
+            "remove",
+            "rmdir",
+            "mkdir",
+            "makedirs",
+            "rename",
+            "replace",
+            "listdir",
+            "exists",
+            "rmtree",
+            "symlink",
+            "link",
+            "copytree",
+            "move",
+            "truncate",
+            "chmod",
+            "stat",
+            "scan",
+            "chdir",
+            "islink",
+            "copy",
+        ]
     )
     print(kind, one, two, end=": ")
     if kind in ("write", "append", "update", "exclusive"):
         with open(one, {"write": "w", "append": "a", "update": "r+", "exclusive": "x"}[kind]) as file:
             return file.write(text)
     if kind == "read":
-        return open(one).read()
+        return pathlib.Path(one).read_text()
     if kind in ("remove", "rmdir", "mkdir", "listdir", "readlink"):
         found = getattr(os, kind)(one)
         return sorted(found) if kind == "listdir" else found

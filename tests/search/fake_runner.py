@@ -39,6 +39,7 @@ class World:
     started: list[ChildSpec] = field(default_factory=list)
     interrupt_after: int = 10**9
     killed: int = 0
+    memory: tuple[int, int] = (1, 1000)
 
     def seconds(self, names: tuple[str, ...]) -> float:
         """One step of an arm: drift is common, noise is its own."""
@@ -154,6 +155,9 @@ class FakeChild:
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
+
+    def memory(self) -> tuple[int, int]:
+        return self.world.memory
 
     def output(self) -> str:
         return "Traceback ...\nRuntimeError: boom"

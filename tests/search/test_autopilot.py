@@ -219,3 +219,12 @@ def test_only_confirmed_techniques_carry_a_confirmed_speed_up(world: World) -> N
     outcome = search(world, make_technique("good"))
     assert any(trial.stage == "confirm" for trial in outcome.trials)
     assert outcome.kept[0].attribution is not None
+
+
+def test_two_copies_that_do_not_fit_are_not_started(world: World) -> None:
+    world.factor["good"] = 0.5
+    world.memory = (10 * 2**30, 2**30)
+    outcome = search(world, make_technique("good"))
+    assert not outcome.kept
+    assert any("do not fit in memory" in trial.reason for trial in outcome.trials)
+    assert world.killed == len(world.started)

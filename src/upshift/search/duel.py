@@ -18,6 +18,7 @@ from upshift.measure.steps import median_of
 from upshift.records.plan import Setting
 from upshift.records.trial import Pairing
 from upshift.sites.runner import Child, ChildGone, ChildSpec, Runner
+from upshift.units import binary
 
 ArmPlan = dict[str, dict[str, Setting]]
 
@@ -121,6 +122,8 @@ class Duel:
         import msgspec
 
         number = len(self.arms)
+        if number:
+            self._make_sure_two_fit()
         spec = msgspec.structs.replace(
             self.base, mode="arm", plan=plan, options={**self.base.options, **(options or {})}
         )
@@ -132,6 +135,15 @@ class Duel:
         self._check(arm)
         self._pause(arm)
         return arm
+
+    def _make_sure_two_fit(self) -> None:
+        held, available = self.arms[0].child.memory()
+        if held * 1.1 > available:
+            raise ArmFailed(
+                1,
+                f"two copies of the script do not fit in memory: one holds {binary(held)}, {binary(available)} are "
+                "left; nothing that needs a fresh process beside it can be confirmed here",
+            )
 
     def replace(self, number: int, plan: ArmPlan, *, options: dict[str, Any] | None = None) -> Arm:
         """End an arm and start another in its place."""

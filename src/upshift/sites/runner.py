@@ -55,6 +55,9 @@ class Child(Protocol):
     def kill(self) -> None:
         """End the whole process group and clean up. May be called twice."""
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes this child and its processes hold, and bytes still available on the machine."""
+
     def output(self) -> str:
         """The tail of what the script wrote on stdout and stderr."""
 

@@ -4,12 +4,13 @@
     landlock  the kernel refuses writes elsewhere (Linux, Landlock); Python's own writes are redirected
     redirect  Python's own writes are redirected
 
-A trial's process calls `enter` once, before torch and the script are imported. Its children inherit the isolation,
-so of a group of processes that must see each other's files only the common parent enters.
+A trial's process calls `enter` once, before torch and the script are imported. Its children inherit the
+isolation, so of a group of processes that must see each other's files only the common parent enters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -56,10 +57,10 @@ def enter(scratch: Path, keep: Sequence[Path] = (), rung: str | None = None) -> 
     """Isolate this process and what it starts. Once per process, single-threaded, not reversible.
 
     Args:
-        scratch: existing empty directory that takes what is written; a disk with room for checkpoints is best.
+        scratch: existing empty directory that takes what is written, on a disk with room for it.
             In the isolated process it is writable; its content there need not be what others see.
-        keep: existing directories or files that stay writable for real. Others see what is written there at once;
-            elsewhere, what others change after this call may or may not be seen.
+        keep: existing directories or files that stay writable for real. Others see what is written there at
+            once; elsewhere, what others change after this call may or may not be seen.
         rung: use this one of `RUNGS` and no other.
 
     Raises:
@@ -85,15 +86,16 @@ def _checked(scratch: Path, keep: Sequence[Path]) -> tuple[str, list[str]]:
     try:
         empty = not os.listdir(folder)
     except OSError as error:
-        raise IsolationError(f"scratch folder {scratch}: {error.strerror}", remedy="Create it first.") from error
+        text = f"scratch folder {scratch}: {error.strerror}"
+        raise IsolationError(text, remedy="Create it first.") from error
     if not empty:
-        raise IsolationError(f"scratch folder {scratch} is not empty", remedy="Use a new directory for each trial.")
+        raise IsolationError(f"scratch folder {scratch} is not empty", remedy="Use one directory per trial.")
     kept = [os.path.realpath(path) for path in keep]
     for path in kept:
         if not os.path.exists(path):
             raise IsolationError(f"{path} is to stay writable but does not exist", remedy="Create it first.")
         if path == folder or path.startswith(folder + "/"):
-            raise IsolationError(f"{path} lies in the scratch folder", remedy="Keep records in another folder.")
+            raise IsolationError(f"{path} lies in the scratch folder", remedy="Keep records elsewhere.")
     return folder, kept
 
 
@@ -102,7 +104,8 @@ def _likely() -> list[str]:
     # Not tempfile.gettempdir(), which finds out by writing.
     candidates = [os.getcwd(), os.path.expanduser("~"), os.environ.get("TMPDIR", "/tmp"), "/tmp", "/var/tmp"]
     candidates += [os.path.dirname(os.path.abspath(word)) for word in sys.argv if os.path.isfile(word)]
-    return [path for path in dict.fromkeys(map(os.path.realpath, candidates)) if os.path.isdir(path) and path != "/"]
+    real = dict.fromkeys(map(os.path.realpath, candidates))
+    return [path for path in real if os.path.isdir(path) and path != "/"]
 
 
 def _in_shared_memory(paths: Iterable[str]) -> list[str]:
@@ -124,7 +127,10 @@ def _in_child(attempt: Callable[[], overlay.Layers]) -> overlay.Layers:
             layers = attempt()
             answer = [0, layers.in_memory, layers.options]
         except BaseException as error:
-            answer = [getattr(error, "errno", None) or errno.EPERM, str(getattr(error, "strerror", None) or error)]
+            answer = [
+                getattr(error, "errno", None) or errno.EPERM,
+                str(getattr(error, "strerror", None) or error),
+            ]
         try:
             os.write(send, json.dumps(answer).encode())
         finally:
@@ -140,6 +146,7 @@ def _in_child(attempt: Callable[[], overlay.Layers]) -> overlay.Layers:
 
 
 def _overlay(scratch: str, keep: list[str]) -> Isolation:
+    _alone()
     try:
         layers = _in_child(lambda: overlay.find_layers(scratch))
         entered = overlay.enter(scratch, layers, keep, _likely())
@@ -157,24 +164,26 @@ def _overlay(scratch: str, keep: list[str]) -> Isolation:
     if entered.shared:
         redirect.install(scratch, keep, wants=overlay.foreign_owner)
         text += "; existing files of other users or groups can be changed by Python code only"
-    elif "redirect_dir=on" not in layers.options:
+    if "redirect_dir=on" not in layers.options:
         _rename_folders()
     return Isolation("overlay", text + ".")
 
 
 def _landlock(scratch: str, keep: list[str]) -> Isolation:
+    _alone()
     version = landlock.restrict([scratch, *keep, *(path for path in _DEVICES if os.path.exists(path))])
     shared = _in_shared_memory(_likely())
     redirect.install(scratch, keep, shared)
     text = (
-        "The kernel refuses writes of the script and its child processes outside the scratch folder (Landlock); "
-        "writes of Python code are redirected there, those of C code and child processes fail"
+        "The kernel refuses writes of the script and its child processes outside the scratch folder "
+        "(Landlock); writes of Python code are redirected there, those of C code and child processes fail"
     )
     if version < 3:
         text += "; C code can still truncate files"
     if shared:
         text += f"; in {_some(shared)} only Python code is kept from writing"
-    return Isolation("landlock", text + "; C code and child processes can still change modes and times of files.")
+    text += "; C code and child processes can still change modes and times of files."
+    return Isolation("landlock", text)
 
 
 def _redirect(scratch: str, keep: list[str]) -> Isolation:
@@ -204,9 +213,21 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def _alone() -> None:
+    """Refuse in a process with several threads: the kernel isolates the calling one only.
+
+    Raises:
+        OSError: there are others (EBUSY).
+    """
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise OSError(errno.EBUSY, "other threads are running already")
+
+
 def _empty(folder: str) -> None:
-    for name in os.listdir(folder):
-        overlay.remove(os.path.join(folder, name))
+    """Tidy up after a failed attempt, for the next one."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            overlay.remove(os.path.join(folder, name))
 
 
 def _rename_folders() -> None:
@@ -221,8 +242,10 @@ def _rename_folders() -> None:
             try:
                 original(src, dst, **options)
             except OSError as error:
-                usable = error.errno == errno.EXDEV and not options and os.path.isdir(src) and not os.path.islink(src)
-                if not usable or os.stat(src).st_dev != os.stat(os.path.dirname(os.path.abspath(dst))).st_dev:
+                if error.errno != errno.EXDEV or options or os.path.islink(src) or not os.path.isdir(src):
+                    raise
+                # Two file systems would have answered so without us.
+                if os.stat(src).st_dev != os.stat(os.path.dirname(os.path.abspath(dst))).st_dev:
                     raise
                 if os.path.isdir(dst):
                     os.rmdir(dst)
@@ -237,7 +260,7 @@ def _rename_folders() -> None:
 
 @functools.cache
 def probe() -> str:
-    """The rung `enter` would choose for a scratch folder in the temporary directory, tried in a short child process.
+    """The rung `enter` would choose for scratch in the temporary directory, tried in a short child process.
 
     Raises:
         IsolationError: not even the weakest works, or the child did not end in time.
@@ -254,7 +277,8 @@ def probe() -> str:
             capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise IsolationError("the isolation probe did not end", remedy="Is a network folder hanging?") from error
+        text = "the isolation probe did not end"
+        raise IsolationError(text, remedy="Is a network folder hanging?") from error
     finally:
         remove_scratch(scratch)
     rung = done.stdout.strip()

@@ -18,7 +18,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 _WRITE_FILE = 1 << 1
 _REMOVE_DIR, _REMOVE_FILE = 1 << 4, 1 << 5
-_MAKE = 0b1111111 << 6  # character device, directory, regular file, socket, named pipe, block device, symbolic link
+_MAKE = 0b1111111 << 6  # the seven kinds of directory entry, from character device to symbolic link
 _REFER = 1 << 13  # since ABI 2: rename or link into another directory
 _TRUNCATE = 1 << 14  # since ABI 3
 _FOR_FILES = _WRITE_FILE | _TRUNCATE
@@ -71,7 +71,10 @@ def restrict(writable: Iterable[str]) -> int:
         handled |= _TRUNCATE
     attributes = ctypes.c_uint64(handled)
     ruleset = _syscall(
-        _SYS_CREATE_RULESET, ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)), ctypes.c_uint32(0)
+        _SYS_CREATE_RULESET,
+        ctypes.byref(attributes),
+        ctypes.c_size_t(ctypes.sizeof(attributes)),
+        ctypes.c_uint32(0),
     )
     try:
         for path in writable:

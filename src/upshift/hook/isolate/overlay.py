@@ -1,11 +1,11 @@
 """Rung 1: a copy-on-write view of every writable file system, for this process and its children.
 
-A private mount namespace is built bottom-up at a staging point and swapped in with pivot_root(2): overlayfs over
-every writable directory tree, the record folder bound through, /dev, /proc and /sys left as they are, and everything
-that cannot be copied on write made read-only. The real files are lower layers, which overlayfs never writes.
+A tree is built at a staging point in a private mount namespace and swapped in with pivot_root(2): overlayfs
+over every writable directory tree, the record folder bound through, /dev, /proc and /sys as they are, and all
+that cannot be copied on write read-only. The real files are lower layers, which overlayfs never writes.
 
-Sources: mount_namespaces(7), user_namespaces(7), pivot_root(2), mount_setattr(2), proc_pid_mountinfo(5) and the
-kernel's Documentation/filesystems/overlayfs.rst.
+Sources: mount_namespaces(7), user_namespaces(7), pivot_root(2), mount_setattr(2), proc_pid_mountinfo(5) and
+Documentation/filesystems/overlayfs.rst of the kernel.
 """
 
 from __future__ import annotations
@@ -24,19 +24,48 @@ from pathlib import Path
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 1 << 5, 1 << 12, 1 << 14, 1 << 18
-_MS_OF = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1 << 10, "nodiratime": 1 << 11, "relatime": 1 << 21}
+_MS_OF = {
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+    "noatime": 1 << 10,
+    "nodiratime": 1 << 11,
+    "relatime": 1 << 21,
+}
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 _SYS_MOUNT_SETATTR = 442  # one number on every architecture
 
 _REAL = ("/dev", "/proc", "/sys")
 _REAL_TYPES = frozenset(
-    ["proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "mqueue", "debugfs", "tracefs", "securityfs", "bpf", "pstore", "efivarfs", "configfs", "fusectl", "hugetlbfs", "binfmt_misc", "rpc_pipefs", "nsfs", "selinuxfs", "nfsd"]
+    [
+        "proc",
+        "sysfs",
+        "devtmpfs",
+        "devpts",
+        "cgroup",
+        "cgroup2",
+        "mqueue",
+        "debugfs",
+        "tracefs",
+        "securityfs",
+        "bpf",
+        "pstore",
+        "efivarfs",
+        "configfs",
+        "fusectl",
+        "hugetlbfs",
+        "binfmt_misc",
+        "rpc_pipefs",
+        "nsfs",
+        "selinuxfs",
+        "nfsd",
+    ]
 )
 # Trees a training script does not write: where they cannot be overlaid whole, read-only is enough.
 _SYSTEM = ("/usr", "/etc", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/boot")
 # Trees little is written to: layers in memory need no cleaning up.
-_IN_MEMORY = (*_SYSTEM, "/run", "/srv", "/media", "/mnt", "/snap")
+_IN_MEMORY = (*_SYSTEM, "/run", "/media", "/snap")
 _OVERLAYS = 300
 _COPY_ENTRIES, _COPY_BYTES = 2000, 256 << 20
 _SOCKETS = 500
@@ -87,13 +116,15 @@ class _Mounts:
         for line in text.splitlines():
             left, _, right = line.partition(" - ")
             fields = left.split(" ")
-            point = os.fsdecode(fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape").encode("latin-1"))
+            escaped = fields[4].encode("utf-8", "surrogateescape")
+            point = os.fsdecode(escaped.decode("unicode_escape").encode("latin-1"))
             # A bind mount of a writable file system can be read-only, and the other way round.
             options = frozenset(fields[5].split(",")) | ({"ro"} & set(right.split(" ")[2].split(",")))
             rows[int(fields[0])] = (int(fields[1]), _MountPoint(point, right.split(" ")[0], options))
             children.setdefault(int(fields[1]), []).append(int(fields[0]))
         self._reachable: dict[str, _MountPoint] = {}
-        pending = [n for n, (parent, row) in rows.items() if row.point == "/" and (parent == n or parent not in rows)]
+        roots = [number for number, (_, row) in rows.items() if row.point == "/"]
+        pending = [number for number in roots if rows[number][0] == number or rows[number][0] not in rows]
         while pending:
             number = pending.pop()
             row = rows[number][1]
@@ -143,7 +174,11 @@ def _namespaces() -> bool:
     except OSError:
         _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNS)
         made = True
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
             descriptor = os.open(f"/proc/self/{name}", os.O_WRONLY)
             try:
                 os.write(descriptor, text.encode())
@@ -191,7 +226,7 @@ def _read_only(tree: str) -> None:
 
 @dataclass(frozen=True)
 class Layers:
-    """Where overlays can keep what is written, in the scratch folder or in memory, and with what mount options."""
+    """Where overlays can keep what is written (the scratch folder, or memory) and with what mount options."""
 
     in_memory: bool
     options: str
@@ -245,7 +280,7 @@ class _View:
         os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _overlay(self, real: str, at: str) -> bool:
-        """Mount a copy-on-write `real` at `at`; False when this file system, or a mount inside it, forbids it."""
+        """Mount a copy-on-write `real` at `at`; False where its file system or a mount inside forbids it."""
         try:
             upper, work = self._layer(real)
         except PermissionError:
@@ -297,7 +332,7 @@ class _View:
             try:
                 self.cover(point, at + point[len(real.rstrip("/")) :])
             except OSError:
-                # Without its own view it shows what its parent shows: a read-only bind, or an empty directory.
+                # Without its own view it shows what its parent shows: a read-only bind, an empty directory.
                 self.read_only.append(point)
 
     @staticmethod
@@ -356,8 +391,9 @@ class _View:
     def settle(self) -> None:
         """Give directories that need one an overlay of their own.
 
-        In a user namespace, writing below an overlay's root copies the parent directories up, which fails with
-        EOVERFLOW where their owner or group does not exist in it: a setgid project folder, /var/tmp, /data/<user>.
+        In a user namespace, writing below an overlay's root copies the parent directories up, which fails
+        with EOVERFLOW where their owner or group does not exist in it: in a setgid project folder, in
+        /var/tmp, in /data/<user>.
         """
         elsewhere: list[str] = []
         for path in self.important:
@@ -396,8 +432,8 @@ class _View:
         try:
             foreign = self.foreign(os.stat(folder))
             writable = os.access(folder, os.W_OK | os.X_OK)
-            if foreign and writable and any(folder == path or _below(folder, path) for path in self._projects):
-                self.shared = True
+            if foreign and writable:
+                self.shared |= any(folder == path or _below(folder, path) for path in self._projects)
             if writable and (foreign or not good) and "ro" not in self.mounts.holding(folder).options:
                 return self._overlay(folder, _join(self.root, folder))
         except OSError:
@@ -411,8 +447,8 @@ def _mount_overlay(lower: str, upper: str, work: str, at: str, options: str) -> 
     try:
         for path in (lower, upper, work):
             descriptors.append(os.open(path, os.O_PATH | os.O_DIRECTORY))
-        names = ("lowerdir", "upperdir", "workdir")
-        layers = ",".join(f"{name}=/proc/self/fd/{number}" for name, number in zip(names, descriptors, strict=True))
+        named = zip(("lowerdir", "upperdir", "workdir"), descriptors, strict=True)
+        layers = ",".join(f"{name}=/proc/self/fd/{number}" for name, number in named)
         _mount("overlay", at, "overlay", 0, layers + ("," + options if options else ""))
     finally:
         for number in descriptors:
@@ -445,7 +481,7 @@ def _try_layers(folder: str, stage: str, attempt: int, options: str) -> None:
 
 
 def _staging(scratch: str) -> str:
-    """An empty tmpfs to build on, mounted in the scratch folder (over it, where nothing can be written there)."""
+    """An empty tmpfs to build on, mounted in the scratch folder, or over it if nothing can be made there."""
     stage = f"{scratch}/stage"
     try:
         os.makedirs(stage, mode=0o700, exist_ok=True)
@@ -507,8 +543,8 @@ def _drop_capabilities() -> None:
 class Entered:
     """What `enter` could not make copy-on-write.
 
-    `read_only`: places that are read-only now. `shared`: there are writable directories of other owners, whose
-    existing files cannot be copied up.
+    `read_only`: places that are read-only now. `shared`: there are writable directories of other owners,
+    whose existing files cannot be copied up.
     """
 
     read_only: tuple[str, ...]
@@ -533,7 +569,11 @@ def enter(scratch: str, layers: Layers, keep: Sequence[str], important: Sequence
     stage = _staging(scratch)
     folder = stage if layers.in_memory else scratch
     root = f"{stage}/root"
-    for path in (root, f"{folder}/inside", *(f"{at}/{kind}" for at in (folder, stage) for kind in ("upper", "work"))):
+    for path in (
+        root,
+        f"{folder}/inside",
+        *(f"{at}/{kind}" for at in (folder, stage) for kind in ("upper", "work")),
+    ):
         os.makedirs(path, mode=0o700, exist_ok=True)
     # pivot_root wants a mount point even if the view's own root turns out to be a copied directory.
     _mount(root, root, "", _MS_BIND)
@@ -557,7 +597,8 @@ def enter(scratch: str, layers: Layers, keep: Sequence[str], important: Sequence
 def _endpoints() -> Iterator[str]:
     """Paths through which running services are reached; behind an overlay they would lead nowhere.
 
-    These are the Unix sockets bound now (agents, databases, displays) and the pipes of CUDA's multi-process service.
+    These are the Unix sockets bound now (agents, databases, displays) and the pipes of CUDA's multi-process
+    service.
     """
     pipes = os.path.realpath(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if os.path.isdir(pipes):

@@ -1,12 +1,12 @@
 """Rung 3: writes through Python go to a mirror of the file system below the scratch folder.
 
 The functions of `os`, `open` and the few libraries that write from C++ or Rust get paths that point into
-`<scratch>/mirror/<absolute path>` once something there was written, copied for appending, or created. What was
-removed is remembered below `<scratch>/gone` and never removed for real. All state is on disk, so forked processes
-(data-loader workers, multiprocessing) see each other's writes.
+`<scratch>/mirror/<absolute path>` once something there was written, copied for appending, or created. What
+was removed is remembered below `<scratch>/gone` and never removed for real. All state is on disk, so that
+forked processes (data-loader workers, multiprocessing) see each other's writes.
 
-Terms used below: a *logical* path is what the script means; it is *canonical* when absolute and free of symbolic
-links in the merged view; its *actual* path is where its content lies, in the mirror or for real.
+Terms used below: a *logical* path is what the script means; it is *canonical* when absolute and free of
+symbolic links in the merged view; its *actual* path is where its content lies, in the mirror or for real.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from upshift.hook.imports import AfterImport
 
 _REAL = ("/dev/", "/proc/", "/sys/")
 _LINKS_MAX = 40
+_Fd = int | None
 
 # The functions of `os` as they were, for our own use.
 _os = types.SimpleNamespace(**{name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))})
@@ -104,8 +105,8 @@ class Mirror:
             return False
         return not any(path == inside or path.startswith(inside + "/") for inside in self._protected)
 
-    def absolute(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The logical path of an argument of an `os` function; None if it is a descriptor or no path at all."""
+    def absolute(self, path: Any, dir_fd: _Fd = None) -> str | None:
+        """The logical path of an argument of an `os` function; None if it is a descriptor or no path."""
         if isinstance(path, int):
             return None
         try:
@@ -159,32 +160,29 @@ class Mirror:
         return done or "/"
 
     def _link(self, path: str) -> str | None:
-        try:
-            target: str = _os.readlink(self.actual(path))
-        except OSError:
+        actual = self.actual(path)
+        status = _lstat(actual)
+        if status is None or not stat.S_ISLNK(status.st_mode):
             return None
+        target: str = _os.readlink(actual)
         return target
 
     def actual(self, path: str) -> str:
         """Where the content of a canonical path lies; a path that does not exist if it was removed."""
         mirrored = self.root + path
-        try:
-            _os.lstat(mirrored)
-        except NotADirectoryError:
-            pass  # something above it became a file, which hides what is there for real
-        except OSError:
-            return mirrored if self.gone(path) else path
-        return mirrored
+        # Asking first whether its folder is there spares most reads an exception.
+        if _os.access(posixpath.dirname(mirrored), os.F_OK) and _lstat(mirrored) is not None:
+            return mirrored
+        return mirrored if self.gone(path) else path
 
     def gone(self, path: str) -> bool:
         """Whether the real entry at a canonical path, or a directory above it, was removed."""
         here = self.hidden
         for part in path.split("/")[1:]:
             here = f"{here}/{part}"
-            status = _lstat(here)
-            if status is None:
+            if not _os.access(here, os.F_OK):
                 return False
-            if not stat.S_ISDIR(status.st_mode):
+            if not _is_folder(here):
                 return True
         return False
 
@@ -194,7 +192,7 @@ class Mirror:
 
     # -- changes -----------------------------------------------------------------------------------------
 
-    def read(self, path: Any, dir_fd: int | None = None, follow: bool = True) -> str | None:
+    def read(self, path: Any, dir_fd: _Fd = None, follow: bool = True) -> str | None:
         """The actual path to read from; None for arguments to leave as they are."""
         text = self.absolute(path, dir_fd)
         if text is None or self._device(text):
@@ -202,18 +200,19 @@ class Mirror:
         name = self.canonical(text, follow)
         return name if self.passes(name) else self.actual(name)
 
-    def locate(self, path: Any, dir_fd: int | None = None, follow: bool = True) -> tuple[str, bool] | None:
-        """The canonical path to write to and whether it is mirrored; None for arguments to leave as they are."""
+    def locate(self, path: Any, dir_fd: _Fd = None, follow: bool = True) -> tuple[str, bool] | None:
+        """The canonical path to write to and whether it is mirrored; None for arguments to leave alone."""
         text = self.absolute(path, dir_fd)
         if text is None or self._device(text):
             return None
         name = self.canonical(text, follow)
         if self.passes(name):
             return name, False
-        mirrored = self._wants is None or _lstat(self.root + name) is not None or self.gone(name) or self._wants(name)
-        return name, mirrored
+        if self._wants is None or self._wants(name):
+            return name, True
+        return name, _lstat(self.root + name) is not None or self.gone(name)
 
-    def write(self, path: Any, dir_fd: int | None = None, follow: bool = True) -> str | None:
+    def write(self, path: Any, dir_fd: _Fd = None, follow: bool = True) -> str | None:
         """The actual path to change in place, after copying the file there; None as for `read`."""
         found = self.locate(path, dir_fd, follow)
         if found is None:
@@ -298,7 +297,7 @@ class Mirror:
         with _open(mark, "wb"):
             pass
 
-    def new(self, path: Any, dir_fd: int | None = None) -> str | None:
+    def new(self, path: Any, dir_fd: _Fd = None) -> str | None:
         """The actual path of an entry to create; None as for `read`.
 
         Raises:
@@ -333,7 +332,7 @@ class Mirror:
 
     # -- the functions of os -----------------------------------------------------------------------------
 
-    def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: _Fd = None) -> int:
         """`os.open`."""
         follow = not flags & os.O_NOFOLLOW
         target: str | None
@@ -357,7 +356,7 @@ class Mirror:
             return int(_os.open(path, flags, mode, dir_fd=dir_fd))
         return int(_os.open(target, flags, mode))
 
-    def unlink(self, path: Any, *, dir_fd: int | None = None, folder: bool = False) -> None:
+    def unlink(self, path: Any, *, dir_fd: _Fd = None, folder: bool = False) -> None:
         """`os.unlink` and, with `folder`, `os.rmdir`."""
         original = _os.rmdir if folder else _os.unlink
         found = self.locate(path, dir_fd, follow=False)
@@ -376,11 +375,12 @@ class Mirror:
             original(self.root + name)
         self.hide(name)
 
-    def rename(
-        self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
-    ) -> None:  # fmt: skip
+    def rename(self, src: Any, dst: Any, *, src_dir_fd: _Fd = None, dst_dir_fd: _Fd = None) -> None:
         """`os.rename` and `os.replace`, which are one on Linux."""
-        source, target = self.locate(src, src_dir_fd, follow=False), self.locate(dst, dst_dir_fd, follow=False)
+        source, target = (
+            self.locate(src, src_dir_fd, follow=False),
+            self.locate(dst, dst_dir_fd, follow=False),
+        )
         if not (source and source[1]) and not (target and target[1]):
             _os.rename(src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
             return
@@ -413,7 +413,8 @@ class Mirror:
         self._move(self.root + from_name if from_mirror else from_name, to_path, moving_folder)
         if from_mirror:
             self.hide(from_name)
-        if to_mirror and moving_folder:
+        if to_mirror:
+            # A directory, or a link to one, must not show through what took its place.
             self.hide(to_name)
         self._folders.clear()
 
@@ -429,9 +430,7 @@ class Mirror:
                 shutil.copyfileobj(reader, writer, 1 << 20)
             _os.unlink(from_path)
 
-    def symlink(
-        self, src: Any, dst: Any, target_is_directory: bool = False, *, dir_fd: int | None = None
-    ) -> None:  # fmt: skip
+    def symlink(self, src: Any, dst: Any, target_is_directory: bool = False, *, dir_fd: _Fd = None) -> None:
         """`os.symlink`."""
         target = self.new(dst, dir_fd)
         if target is None:
@@ -440,9 +439,14 @@ class Mirror:
             _os.symlink(src, target, target_is_directory)
 
     def link(
-        self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None,
+        self,
+        src: Any,
+        dst: Any,
+        *,
+        src_dir_fd: _Fd = None,
+        dst_dir_fd: _Fd = None,
         follow_symlinks: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`os.link`."""
         found = self.locate(src, src_dir_fd, follow=False)
         if found is None:
@@ -582,7 +586,7 @@ def _functions(mirror: Mirror) -> dict[str, Callable[..., Any]]:
     def mapped(name: str, where: Callable[..., str | None], **fixed: bool) -> Callable[..., Any]:
         original = getattr(_os, name)
 
-        def function(path: Any, *arguments: Any, dir_fd: int | None = None, **options: Any) -> Any:
+        def function(path: Any, *arguments: Any, dir_fd: _Fd = None, **options: Any) -> Any:
             follow = fixed if "follow_symlinks" not in options else {"follow": options["follow_symlinks"]}
             target = where(path, dir_fd, **follow)
             if target is None:
@@ -591,10 +595,10 @@ def _functions(mirror: Mirror) -> dict[str, Callable[..., Any]]:
 
         return function
 
-    def unlink(path: Any, *, dir_fd: int | None = None) -> None:
+    def unlink(path: Any, *, dir_fd: _Fd = None) -> None:
         mirror.unlink(path, dir_fd=dir_fd)
 
-    def rmdir(path: Any, *, dir_fd: int | None = None) -> None:
+    def rmdir(path: Any, *, dir_fd: _Fd = None) -> None:
         mirror.unlink(path, dir_fd=dir_fd, folder=True)
 
     found: dict[str, Callable[..., Any]] = {
@@ -635,16 +639,22 @@ def _functions(mirror: Mirror) -> dict[str, Callable[..., Any]]:
 
 
 def _open_for(mirror: Mirror) -> Callable[..., Any]:
-    """A replacement for `open`. It maps through an opener, so that the file's name stays the one asked for."""
+    """A replacement for `open`, mapping through an opener: the file's name stays the one asked for."""
 
     def through(path: Any, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
     @functools.wraps(_open)
     def replacement(
-        file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, errors: str | None = None,
-        newline: str | None = None, closefd: bool = True, opener: Any = None,
-    ) -> Any:  # fmt: skip
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        closefd: bool = True,
+        opener: Any = None,
+    ) -> Any:
         if opener is None and mirror.absolute(file) is not None:
             opener = through
         return _open(file, mode, buffering, encoding, errors, newline, closefd, opener)
@@ -689,7 +699,10 @@ def _set(module: types.ModuleType, name: str, replacement: Any) -> None:
             setattr(other, name, replacement)
 
 
-def _wrap(module: types.ModuleType, name: str, position: int, keyword: str, where: Callable[[Any], str | None]) -> None:
+_Where = Callable[[Any], str | None]
+
+
+def _wrap(module: types.ModuleType, name: str, position: int, keyword: str, where: _Where) -> None:
     """Map one path argument of a function of a module that opens files itself."""
     original = getattr(module, name, None)
     if original is None:
@@ -710,7 +723,10 @@ def _wrap(module: types.ModuleType, name: str, position: int, keyword: str, wher
 
 
 def _writable(mirror: Mirror, path: Any, content: bool) -> str | None:
-    """Like `Mirror.write`, but where nothing can be written the path fails when used; a copy only if `content`."""
+    """Like `Mirror.write`, but where nothing can be written the path fails when used.
+
+    The real file is copied only if `content`.
+    """
     found = mirror.locate(path)
     if found is None or not found[1]:
         return found[0] if found else None
@@ -722,7 +738,7 @@ def _writable(mirror: Mirror, path: Any, content: bool) -> str | None:
 
 def _libraries(mirror: Mirror) -> None:
     """Map the paths that torch, safetensors and sqlite3 open in C++, Rust or C, once they are imported."""
-    write: Callable[[Any], str | None] = functools.partial(_writable, mirror, content=False)
+    write: _Where = functools.partial(_writable, mirror, content=False)
 
     def torch(module: types.ModuleType) -> None:
         _wrap(module, "save", 1, "f", write)
@@ -741,7 +757,16 @@ def _libraries(mirror: Mirror) -> None:
 
 def _elsewhere(replaced: dict[int, Any]) -> None:
     """Replace the functions in the modules that took them by name before us (`from os import rename`)."""
-    skip = {"os", "posix", "_io", "io", "builtins", __name__, "importlib._bootstrap", "importlib._bootstrap_external"}
+    skip = {
+        "os",
+        "posix",
+        "_io",
+        "io",
+        "builtins",
+        __name__,
+        "importlib._bootstrap",
+        "importlib._bootstrap_external",
+    }
     for name, module in list(sys.modules.items()):
         if name in skip or not isinstance(module, types.ModuleType):
             continue
@@ -773,7 +798,12 @@ def install(
         original = getattr(os, name)
         replaced[id(original)] = function
         setattr(os, name, function)
-        for group in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids):
+        for group in (
+            os.supports_dir_fd,
+            os.supports_fd,
+            os.supports_follow_symlinks,
+            os.supports_effective_ids,
+        ):
             if original in group:
                 group.add(function)
     replaced[id(_open)] = builtins.open = io.open = _open_for(mirror)  # type: ignore[assignment]
@@ -789,7 +819,7 @@ def install(
 
 
 def _environment(scratch: str) -> None:
-    """Point temporary files, and caches of code loaded from C, at scratch: C code and children use them too."""
+    """Point temporary files and caches of compiled code at scratch: C code and children use them too."""
     folder = f"{scratch}/tmp"
     _os.makedirs(folder, exist_ok=True)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -1,7 +1,7 @@
 """Keep trials off the network services a script reports to: experiment trackers and remote stores.
 
-Trackers are switched off or pointed at a local folder, so that the script runs on without them. Writes to remote
-stores are refused, because a script that pushes a model is better stopped than fooled.
+Trackers are switched off or pointed at a local folder, so that the script runs on without them. Writes to
+remote stores are refused, because a script that pushes a model is better stopped than fooled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RemoteWriteRefused(UpshiftError):
     def __init__(self, call: str) -> None:
         super().__init__(
             f"the script writes to a remote store ({call}), which trials do not do unasked",
-            remedy="Let trials write there with --allow-remote-writes, or leave the upload out of short runs.",
+            remedy="Let trials write there with --allow-remote-writes, or leave the upload out.",
         )
 
 
@@ -67,7 +67,7 @@ def trial_environment(scratch: Path) -> dict[str, str]:
 def switch_off_trackers(scratch: Path) -> None:
     """Keep trackers off even where the script sets a mode or server itself, which beats the environment.
 
-    Covers `wandb.init(mode=...)`, `swanlab.init(mode=...)` and MLflow's tracking URIs, once these are imported.
+    Covers `wandb.init(mode=...)`, `swanlab.init(mode=...)` and MLflow's tracking URIs, once imported.
 
     Args:
         scratch: as for `trial_environment`.
@@ -139,15 +139,17 @@ _METHODS = (
     ("azure.storage.blob", "ContainerClient", r"(upload|delete|create|set)_.*"),
     ("azure.storage.blob", "BlobServiceClient", r"(delete|create|set|undelete)_.*"),
 )
-_AWS_WRITES = re.compile(r"(Put|Upload|Create|Complete|Copy|Delete|Update|Write|Publish|Send|BatchWrite|Restore|Rename)")
-_AWS_READS = frozenset(("CreateSession", "CreateToken", "CreateTokenWithIAM", "SendHeartbeat"))  # used to sign in
+_AWS_WRITES = re.compile(
+    r"(Put|Upload|Create|Complete|Copy|Delete|Update|Write|Publish|Send|BatchWrite|Restore|Rename)"
+)
+_AWS_READS = frozenset(("CreateSession", "CreateToken", "CreateTokenWithIAM"))  # used to sign in
 
 
 def refuse_remote_writes(allow: bool) -> None:
     """Make known ways to write to a remote store raise `RemoteWriteRefused`; nothing if `allow`.
 
-    Covers huggingface_hub (and `push_to_hub` of transformers), boto3, botocore, aiobotocore, google-cloud-storage
-    and azure-storage-blob, once the script imports them. Reading from them goes on.
+    Covers huggingface_hub (and `push_to_hub` of transformers), boto3, botocore, aiobotocore,
+    google-cloud-storage and azure-storage-blob, once the script imports them. Reading from them goes on.
     """
     if allow:
         return
@@ -203,5 +205,5 @@ def _refuse_operations(class_name: str, module: ModuleType) -> None:
 def _refuse_transfers(module: ModuleType) -> None:
     # They can hand over to a transfer library in C, past botocore.
     for name, value in list(vars(module).items()):
-        if re.fullmatch(r"(upload|copy|bucket_upload|bucket_copy|object_upload|object_copy).*", name) and callable(value):
+        if re.match(r"((bucket|object)_)?(upload|copy)", name) and callable(value):
             setattr(module, name, _refusal(f"boto3 {name}", value))
