@@ -181,7 +181,7 @@ def test_the_library_is_loaded_by_a_real_process_without_a_word_on_stderr(kind):
 
 def test_check():
     verdict = TECHNIQUE.check(measurement())
-    assert verdict.applies and [item["kind"] for item in verdict.candidates] == ["tcmalloc", "glibc", "jemalloc"]
+    assert verdict.applies and [item["kind"] for item in verdict.candidates] == ["glibc", "tcmalloc", "jemalloc"]
     assert not TECHNIQUE.check(measurement(allocator="jemalloc")).applies
     assert not TECHNIQUE.check(measurement(device="cuda:0")).applies
 

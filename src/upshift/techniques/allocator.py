@@ -191,7 +191,8 @@ class Allocator:
         return Verdict(
             applies=True,
             reason="large tensors are returned to the kernel and faulted in again every step",
-            candidates=({"kind": "tcmalloc"}, {"kind": "glibc"}, {"kind": "jemalloc"}),
+            # All three keep freed memory; glibc's settings need nothing installed.
+            candidates=({"kind": "glibc"}, {"kind": "tcmalloc"}, {"kind": "jemalloc"}),
         )
 
     def at(self, moment: Moment, settings: dict[str, Setting]) -> Applied | NoEffect | None:

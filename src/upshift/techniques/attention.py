@@ -99,13 +99,15 @@ def _watch() -> Any:
     from torch.overrides import TorchFunctionMode
 
     seen: list[bool] = []
-    function = torch.nn.functional.scaled_dot_product_attention
+    functional = torch.nn.functional
+    # What multi-head attention calls is hidden from the mode, since it dispatches as one function.
+    functions = (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            if func is function:
+            if func in functions:
                 seen.append(True)
             return func(*args, **(kwargs or {}))
 

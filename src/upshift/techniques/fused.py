@@ -128,6 +128,7 @@ class _Fused(BaseApplied):
         self._groups: list[_Group] = []
         self._contiguous: list[torch.Tensor] = []
         self._other: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        self._kernels: list[tuple[torch.Tensor, tuple[int, ...], dict[str, Any], tuple[str, ...]]] = []
         self._state: Any = None
         self._dicts: list[int] = []
         self._missing: list[int] = []
@@ -167,7 +168,8 @@ class _Fused(BaseApplied):
     def _unchanged(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether all tensors lie as at the last check. The hot path: a few tenths of a microsecond per parameter.
 
-        State needs no look of its own: it was checked against its parameter, and it changes by being replaced.
+        State was checked against its parameter and changes by being replaced, which is seen by identity of its dicts.
+        For images' kernels, whose order does change in practice, the tensors in them are looked at too.
         """
         if optimizer.state is not self._state:
             return False
@@ -187,7 +189,12 @@ class _Fused(BaseApplied):
                     missing.append(parameter)
                 elif gradient.stride() != stride and not same_order(gradient, parameter):
                     return False
-        except RuntimeError:  # a sparse gradient has no strides
+            for parameter, stride, state, keys in self._kernels:
+                for key in keys:
+                    value = state[key]
+                    if value.stride() != stride and not same_order(value, parameter):
+                        return False
+        except (RuntimeError, AttributeError, KeyError):  # a sparse gradient has no strides
             return False
         return list(map(id, missing)) == self._missing and list(map(id, optimizer.state.values())) == self._dicts
 
@@ -222,6 +229,9 @@ class _Fused(BaseApplied):
                     self._contiguous.append(parameter)
                 else:
                     self._other.append((parameter, parameter.stride()))
+                if parameter.dim() >= 4 and (state := optimizer.state.get(parameter)):
+                    keys = tuple(key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim())
+                    self._kernels.append((parameter, parameter.stride(), state, keys))
         ordered = (*self._contiguous, *(parameter for parameter, _ in self._other))
         self._missing = [id(parameter) for parameter in ordered if parameter.grad is None]
         self._state = optimizer.state
@@ -279,7 +289,7 @@ class _Fused(BaseApplied):
         self.switch(False)
 
     def _forget(self) -> None:
-        self._contiguous, self._other, self._missing = [], [], []
+        self._contiguous, self._other, self._kernels, self._missing = [], [], [], []
         self._state, self._dicts = None, []
 
     def _clean(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
