@@ -75,8 +75,9 @@ class FakeChild:
     def _apply(self, technique: str) -> None:
         if technique in self.world.fails:
             self.queue.append({"kind": "note", "what": "off", "technique": technique, "text": "RuntimeError: boom"})
-        elif technique in self.world.no_effect:
-            self.queue.append({"kind": "note", "what": "no effect", "technique": technique, "text": "nothing to do"})
+
+    def _effects(self) -> dict[str, str]:
+        return {name: "nothing to do" if name in self.world.no_effect else "" for name in self.plan}
 
     def _steps(self, n: int) -> dict[str, Any]:
         names = tuple(self.plan)
@@ -92,6 +93,7 @@ class FakeChild:
                 self._update(index + 1, names)
         return {
             "seconds": seconds, "data": data, "epochs": epochs, "first": first, "optimizers": 1, "problems": {},
+            "effects": self._effects(),
             "losses": [[self.world.loss(i, names)] for i in range(first, first + n)],
         }  # fmt: skip
 
@@ -125,7 +127,7 @@ class FakeChild:
                 self.plan[message["name"]] = message["settings"]
                 self._apply(message["name"])
             acted = [n for n in self.plan if n not in world.fails | world.no_effect]
-            self.queue.append({"kind": "done", "acted": acted})
+            self.queue.append({"kind": "done", "acted": acted, "effects": self._effects()})
         elif kind == "compare" and world.length - self.steps < 24:
             self.queue.append({"kind": "ended", "how": "ended by itself", "code": 0, "steps": world.length})
         elif kind == "compare":

@@ -254,7 +254,10 @@ def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = N
     kind = digest.claim(report)
     style = {"win": "bold green", "baseline": "bold", "unproven": "bold yellow", "interrupted": "bold yellow"}[kind]
     parts += [_text(sentences.headline(report), style), *map(_text, words.lines(report.verdict)), Text()]
-    parts += [_head("Tried"), _indent(_trials([t for t in digest.ordered(report.trials) if t.stage != "attribution"]))]
+    tried, left_out = _split([t for t in digest.ordered(report.trials) if t.stage != "attribution"])
+    parts += [_head("Tried"), _indent(_trials(tried))]
+    if left_out:
+        parts += [Text(), _head("Not tried"), _indent(_facts(left_out))]
     levels = sentences.levels_text(report.trials)
     if levels:
         note = f"ratio: reference step time over candidate step time; {levels}; screening picks, it proves nothing"
@@ -272,6 +275,16 @@ def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = N
         parts += [_indent(_trials(alone))] if alone else []
     parts += [Text(), _indent(_facts(_ending(report, report_file, plan)), 0)]
     return Group(*parts)
+
+
+def _split(trials: Sequence[Trial]) -> tuple[list[Trial], list[tuple[str, str]]]:
+    """Trials with something to show, and the others as (names, reason), those with one reason together."""
+    tried = [trial for trial in trials if trial.outcome not in ("not tried", "not applicable")]
+    reasons: dict[str, list[str]] = {}
+    for trial in trials:
+        if trial.outcome in ("not tried", "not applicable"):
+            reasons.setdefault(trial.reason, []).append(trial.name)
+    return tried, [(", ".join(names), words.clean(reason, 240)) for reason, names in reasons.items()]
 
 
 def _trials(trials: Sequence[Trial]) -> Table:

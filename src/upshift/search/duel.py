@@ -54,6 +54,7 @@ class Arm:
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     isolation: str = ""
     problems: dict[str, str] = field(default_factory=dict)
+    effects: dict[str, str] = field(default_factory=dict)
     running: bool = True
 
     @property
@@ -62,8 +63,8 @@ class Arm:
         return len(self.seconds)
 
     def no_effect(self) -> dict[str, str]:
-        """Techniques that did nothing in this process, with the reason."""
-        return {name: text for kind, name, text in self.notes if kind in ("no effect", "off", "failed")}
+        """Techniques that have done nothing in this process so far, with the reason."""
+        return {name: text for name, text in self.effects.items() if text and name in self.plan}
 
     def take(self, message: dict[str, Any]) -> list[float]:
         """Keep a report of steps; returns their seconds."""
@@ -71,6 +72,7 @@ class Arm:
         seconds = [float(value) for value in message["seconds"]]
         self.optimizers = int(message.get("optimizers", 1))
         self.problems.update(message.get("problems", {}))
+        self.effects = dict(message.get("effects", {}))
         for offset, value in enumerate(seconds):
             index = first + offset
             self.seconds[index] = value

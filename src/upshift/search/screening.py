@@ -93,11 +93,17 @@ class LiveScreen:
                 duel, arm = self._ready()
                 before = len(arm.notes)
                 done = duel.ask(arm, {"kind": "plan", "name": candidate.name, "settings": candidate.settings}, "done")
-                refused = [text for kind, name, text in arm.notes[before:]
-                           if name == candidate.name and kind in ("no effect", "off", "failed")]  # fmt: skip
-                if refused or candidate.name not in done["acted"]:
+                failed = [
+                    text
+                    for kind, name, text in arm.notes[before:]
+                    if name == candidate.name and kind in ("off", "failed")
+                ]
+                if failed:
+                    return trial("failed", failed[0], failure=failed[0])
+                if candidate.name not in done["acted"]:
                     self.drop(candidate.name)
-                    return trial("no change", "no effect: " + (refused[0] if refused else "nothing to act on"))
+                    why = done.get("effects", {}).get(candidate.name) or "nothing to act on"
+                    return trial("no change", f"no effect: {why}")
                 self._say(f"{candidate.label}: alternating")
                 decision, pairing = compare_live(duel, arm, list(reference), list(plan), seconds)
                 if decision == "faster":
@@ -193,7 +199,7 @@ class ProcessScreen:
             self._say(f"{candidate.label}: starting a fresh process")
             b = duel.replace(1, plan) if len(duel.arms) > 1 else duel.start(plan)
             a = duel.arms[0]
-            if candidate.name in b.no_effect():
+            if candidate.name in b.no_effect() and not candidate.fills:
                 return trial("no change", "no effect: " + b.no_effect()[candidate.name])
             duel.go(b, WARM + 2, timeout=duel.patience)
             if candidate.fills and self._steps_per_epoch:

@@ -32,7 +32,7 @@ class Stage:
         self._say = say
         self._applied: dict[str, list[Applied]] = {}
         self._off: set[str] = set()
-        self._quiet: set[str] = set()
+        self._why: dict[str, str] = {}
         self._forward: dict[int, list[tuple[str, ForwardApplied]]] = {}
         self._step: dict[int, list[tuple[str, StepApplied]]] = {}
         self._alive: dict[int, Any] = {}
@@ -60,9 +60,8 @@ class Stage:
             self.remove(name, f"{type(error).__name__}: {error}")
             return
         if isinstance(outcome, NoEffect):
-            if name not in self._quiet:
-                self._quiet.add(name)
-                self._say("no effect", name, outcome.reason)
+            # It may still act on another loader, module or optimizer: `effects` says what came of it in the end.
+            self._why.setdefault(name, outcome.reason)
         elif outcome is not None:
             self._bind(name, moment, outcome)
 
@@ -72,7 +71,7 @@ class Stage:
         self.remove(name, "replaced", quietly=True)
         self._entries[name] = (technique, settings)
         self._off.discard(name)
-        self._quiet.discard(name)
+        self._why.pop(name, None)
         for moment in moments:
             if moment.site in technique.card.sites and name in self._entries:
                 self._offer(name, technique, settings, moment)
@@ -147,7 +146,7 @@ class Stage:
             items = self._applied.get(name, [])
             reasons = [found.reason for item in items if (found := item.effect()) is not None]
             if not items:
-                result[name] = "it found nothing to act on"
+                result[name] = self._why.get(name, "it found nothing to act on")
             else:
                 result[name] = reasons[0] if len(reasons) == len(items) else ""
         return result
