@@ -6,6 +6,7 @@ python examples/cifar_resnet.py --epochs 1 --limit 2560
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def main():
         model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     # The rate drops to a tenth after half of the epochs, and again after three quarters.
-    scheduler = MultiStepLR(optimizer, [args.epochs // 2, args.epochs * 3 // 4], gamma=0.1)
+    milestones = [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
     criterion = nn.CrossEntropyLoss()
 
     steps, accuracy = 0, 0.0

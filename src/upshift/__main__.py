@@ -1,5 +1,11 @@
 """`python -m upshift`."""
 
-from upshift.cli.main import main
+import sys
+
+# `-m` puts the current folder first; a script's own `queue.py` there must not become ours.
+if not sys.flags.safe_path:
+    del sys.path[0]
+
+from upshift.cli.main import main  # noqa: E402
 
 main()

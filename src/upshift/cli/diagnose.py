@@ -9,7 +9,7 @@ import click
 from upshift.cli import show
 
 
-@click.command("diagnose", context_settings=show.TARGET_SETTINGS)
+@click.command("diagnose", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
 @click.option("--seconds", type=show.Duration(), default="20s", show_default=True, help="Watch for at most this long.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Also write a PyTorch-profiler trace of three steps.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), help="Also write the diagnosis as an HTML page.")

@@ -9,7 +9,7 @@ import click
 from upshift.cli import show
 
 
-@click.command("run", context_settings=show.TARGET_SETTINGS)
+@click.command("run", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Use this plan.")
 @click.option("--no-plan", is_flag=True, help="Train the script as it is; only record.")
 @click.option("--allow-stale", is_flag=True, help="Use the plan although script, device or versions have changed.")

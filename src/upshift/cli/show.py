@@ -44,6 +44,22 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
+class ForTarget(click.Command):
+    """A command whose options end at `-m MODULE`, too: what follows belongs to the module, as after a script."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Mark where the options end."""
+        valued = {name for item in self.params if isinstance(item, click.Option) and not item.is_flag
+                  for name in item.opts}  # fmt: skip
+        place = 0
+        while place < len(args) and args[place].startswith("-") and args[place] != "--":
+            name = args[place]
+            place += 2 if name in valued else 1
+            if name.startswith("-m") and place <= len(args):
+                return super().parse_args(ctx, [*args[:place], "--", *args[place:]])
+        return super().parse_args(ctx, args)
+
+
 #: Everything from TARGET on belongs to the script.
 TARGET_SETTINGS = {
     "ignore_unknown_options": False,

@@ -9,16 +9,14 @@ import click
 from upshift.cli import show
 
 
-@click.command("tune", context_settings=show.TARGET_SETTINGS)
+@click.command("tune", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
 @click.option("--budget", type=show.Duration(), default="3m", show_default=True, help="Time the search may take.")
 @click.option("--only", multiple=True, metavar="NAME", help="Try only this technique (may be repeated).")
 @click.option("--without", multiple=True, metavar="NAME", help="Leave this technique out (may be repeated).")
 @click.option("--untested", is_flag=True, help="Also try techniques never run on this kind of device.")
 @click.option("--steps-planned", type=click.IntRange(1), help="Steps the real training will make.")
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan there.")
-@click.option(
-    "--dry-run", is_flag=True, help="Diagnose, say what would be tried and at what cost; write nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Diagnose, say what would be tried and at what cost; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted search.")
 @click.option("--allow-remote-writes", is_flag=True, help="Let the script write to hubs and object stores.")
 @click.option("--patience", type=show.Duration(), default="10m", show_default=True, help="Wait so long for a step.")

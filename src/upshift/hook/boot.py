@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import socket
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from upshift.errors import UpshiftError
-from upshift.hook import seeding
+from upshift.errors import UpshiftError, UsageError
+from upshift.hook import script, seeding
 from upshift.hook.channel import VARIABLE, Channel
 from upshift.hook.controller import Controller
 from upshift.hook.imports import AfterImport
@@ -20,6 +22,10 @@ from upshift.hook.script import clean_excepthook, has_main_guard, run_module, ru
 from upshift.hook.watch import Watch
 from upshift.sites import ProcessStart, Stage
 from upshift.sites.runner import ChildSpec
+
+
+#: Environment variable with what came of techniques that only change the environment (JSON: name -> why no effect).
+OUTSIDE = "UPSHIFT_OUTSIDE"
 
 
 def _controller(spec: ChildSpec, channel: Channel | None) -> Controller:
@@ -51,22 +57,31 @@ def _die_with_parent() -> None:
 
 def _isolate(spec: ChildSpec, channel: Channel) -> None:
     from upshift.hook.isolate import enter
-    from upshift.hook.isolate.trackers import refuse_remote_writes
+    from upshift.hook.isolate.trackers import refuse_remote_writes, switch_off_trackers
 
     scratch = Path(spec.scratch) / "files"
     scratch.mkdir(parents=True, exist_ok=True)
     forced = spec.options.get("isolation")
     isolation = enter(scratch, keep=[Path(spec.record)], rung=forced if isinstance(forced, str) else None)
+    switch_off_trackers(Path(spec.scratch) / "trackers")
     refuse_remote_writes(allow=bool(spec.options.get("allow_remote_writes")))
     channel.send({"kind": "isolation", "rung": isolation.rung, "detail": isolation.detail})
 
 
 def start(spec: ChildSpec, channel: Channel | None) -> None:
-    """Run the target of `spec`. Returns or raises as the script does."""
+    """Run the target of `spec`. Returns or raises as the script does.
+
+    The controller hears of the end when the interpreter has joined the script's threads and run its exit handlers:
+    a script may train in a thread that outlives its main part.
+
+    Raises:
+        UsageError: there is nothing to run.
+    """
     from upshift.techniques import registry
 
     controller = _controller(spec, channel)
     stage = Stage(registry.in_order(spec.plan), controller.say)
+    stage.outside = json.loads(os.environ.pop(OUTSIDE, "{}"))
     guard = not spec.module and has_main_guard(spec.target)
     watch = Watch(
         stage,
@@ -89,25 +104,34 @@ def start(spec: ChildSpec, channel: Channel | None) -> None:
     if spec.seed is not None:
         seeding.seed(spec.seed, imports)
     imports.on("torch", torch_ready)
-    error: BaseException | None = None
+    ending: list[BaseException] = []
+
+    def finish() -> None:
+        if os.getpid() == watch.pid:
+            controller.finish(ending[0] if ending else None)
+            stage.close()
+            watch.close()
+
+    # Registered first, so it runs last.
+    atexit.register(finish)
     try:
         if spec.module:
             run_module(spec.target, spec.arguments)
         else:
             run_script(spec.target, spec.arguments)
     except BaseException as raised:
-        error = raised
+        ending.append(raised)
         clean_excepthook()
         raise
-    finally:
-        if os.getpid() == watch.pid:
-            controller.finish(error)
-            stage.close()
-            watch.close()
 
 
-def main() -> None:
-    """Entry of the child process; `sys.argv[1]` is the file with the ChildSpec."""
+def main(loaded: frozenset[str] = frozenset()) -> None:
+    """Entry of the child process; `sys.argv[1]` is the file with the ChildSpec.
+
+    Args:
+        loaded: names of the modules loaded before any of ours.
+    """
+    script.LOADED_AT_START = loaded
     spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ChildSpec)
     sys.argv[1:] = []
     channel: Channel | None = None
@@ -121,9 +145,20 @@ def main() -> None:
         try:
             _isolate(spec, channel)
         except UpshiftError as error:
-            channel.send({"kind": "refused", "text": str(error)})
-            sys.exit(error.exit_code)
-    start(spec, channel)
+            _refuse(error, channel)
+    try:
+        start(spec, channel)
+    except UsageError as error:
+        _refuse(error, channel)
+
+
+def _refuse(error: UpshiftError, channel: Channel | None) -> NoReturn:
+    """Say why nothing ran: to the parent, or on stderr where this process has taken its place."""
+    if channel is not None:
+        channel.send({"kind": "refused", "text": error.message, "remedy": error.remedy, "code": error.exit_code})
+    else:
+        print(f"upshift: {error.message}\n         {error.remedy}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def spec_bytes(spec: ChildSpec) -> bytes:

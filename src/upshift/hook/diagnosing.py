@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from upshift.errors import NoTrainingError, ScriptFailedError, UpshiftError
+from upshift.errors import NotIsolatedError, NoTrainingError, ScriptFailedError, UpshiftError, UsageError
 from upshift.records import Measurement
 from upshift.sites.runner import ChildSpec, Runner
 
@@ -61,7 +61,7 @@ def observe(
                 on_progress(int(message["steps"]), float(message["seconds"]))
                 deadline = time.monotonic() + patience
             elif kind == "refused":
-                raise UpshiftError(message["text"])
+                raise refusal(message)
             elif kind == "gone":
                 raise ScriptFailedError(
                     f"{spec.target} died without a word (exit code {message.get('code')}).\n{_tail(child.output())}",
@@ -81,6 +81,13 @@ def observe(
                 )  # fmt: skip
     finally:
         child.kill()
+
+
+def refusal(message: dict[str, Any]) -> UpshiftError:
+    """The error a child stated before anything of the script ran."""
+    known: dict[int, type[UpshiftError]] = {item.exit_code: item for item in (UsageError, NotIsolatedError)}
+    kind = known.get(int(message.get("code", 0)), UpshiftError)
+    return kind(str(message["text"]), remedy=str(message.get("remedy", "")))
 
 
 def _explain_nothing(spec: ChildSpec, message: dict[str, Any], output: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from upshift.errors import UsageError
 from upshift.hook.controller import Controller, describe, exit_code
 from upshift.measure.steps import TIMED, StepRecord
 from upshift.records.runlog import RunLog
@@ -51,6 +52,7 @@ class RunController(Controller):
             script=spec.target,
             arguments=list(spec.arguments),
             started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            clock=time.time(),
             pid=os.getpid(),
             plan=str(spec.options.get("plan_file", "")),
             techniques=spec.plan,
@@ -74,7 +76,7 @@ class RunController(Controller):
         self.steps += 1
         self.n += 1
         sums = self.sums
-        sums[0] += record.total
+        sums[0] += record.total - record.nograd - record.checkpoint
         sums[1] += record.nograd
         sums[2] += record.checkpoint
         sums[3] += record.data
@@ -84,15 +86,15 @@ class RunController(Controller):
         sums[7] += record.backward
         sums[8] += record.optimizer
         sums[9] += record.sync
-        if record.losses:
-            first = record.losses[0]
-            if not self.guarding and first.device.type == "cpu":
-                self.last_loss = first.item()
-            elif first.device.type != "cpu":
-                self._read_late(first)
-            if self.last_loss is not None:
-                self.loss_sum += self.last_loss
+        losses = record.losses
+        if losses:
+            if type(losses[0]) is float:
+                # A mean over micro-batches, or over several networks.
+                loss = self.last_loss = losses[0] if len(losses) == 1 else _mean(losses)
+                self.loss_sum += loss
                 self.loss_n += 1
+            else:
+                self._read_late(losses[0])
         if record.at >= self.until:
             self.until = record.at + WINDOW
             self._flush(record.at)
@@ -105,17 +107,16 @@ class RunController(Controller):
         values = self.torch.stack([item.float().reshape(()) for item in self.late[:LATE]]).tolist()
         del self.late[:LATE]
         self.last_loss = values[-1]
+        self.loss_sum += math.fsum(values)
+        self.loss_n += len(values)
         if self.guarding and not all(map(math.isfinite, values)):
             self._come_off("the loss is not finite", ())
 
     def _check_loss(self, loss: Any) -> bool:
         """Whether this update must be skipped: the loss is not finite while techniques are on."""
-        if loss.device.type != "cpu" or not self.guarding:
+        if type(loss) is not float or math.isfinite(loss) or not self.guarding:
             return False
-        value = self.last_loss = loss.item()
-        if math.isfinite(value):
-            return False
-        self._come_off(f"the loss is {value}", ())
+        self._come_off(f"the loss is {loss}", ())
         return True
 
     def _come_off(self, reason: str, names: tuple[str, ...]) -> None:
@@ -144,6 +145,8 @@ class RunController(Controller):
                 self._event("no effect", f"{name}: {reason}")
                 self._print(f"no effect {name}: {reason}")
         self.log.append("end", code=exit_code(error), how=describe(error), seconds=elapsed, steps=self.steps)
+        if isinstance(error, UsageError):
+            self.quiet = True  # nothing ran; the error says why
         if self.log.broken:
             self._print(f"the record is incomplete: {self.log.broken}")
         if self.steps:
@@ -186,6 +189,12 @@ class RunController(Controller):
                 sys.stderr.flush()
             except (OSError, ValueError, AttributeError):
                 pass
+
+
+def _mean(losses: tuple[Any, ...]) -> float:
+    """Mean of the losses read on the CPU; a script may mix devices."""
+    values = [item for item in losses if type(item) is float]
+    return sum(values) / len(values)
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from upshift.hook.channel import Channel, ChannelClosed
-from upshift.hook.controller import Controller, describe, exit_code
+from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.horizon import Horizon
 from upshift.hook.overhead import watching_cost
 from upshift.hook.patch import Patches
@@ -210,14 +210,11 @@ class DiagnoseController(Controller):
         try:
             self.channel.send(message)
         except ChannelClosed:
-            self._hold()
+            os._exit(0)  # nobody is there to end this process
 
     def _hold(self) -> None:
         """Wait to be killed; nothing of the script is unwound, so nothing of it can save over anything."""
-        threading.Event().wait(30)
-        import os
-
-        os._exit(0)
+        stand_still()
 
     def measurement(self) -> Measurement:
         """Everything seen, as a record."""
@@ -264,7 +261,7 @@ class DiagnoseController(Controller):
         for reference in self.watch.loaders:
             loader = reference()
             if loader is not None and not self.watch.evaluation_only(loader):
-                batches = self.watch.waits.get(id(loader), [0.0, 0.0])[1]
+                batches = self.watch.waited(loader)[1]
                 if batches > most:
                     best, most = loader, batches
         return best
@@ -290,7 +287,7 @@ class DiagnoseController(Controller):
             if loader is None:
                 continue
             trains = not watch.evaluation_only(loader)
-            wait, batches = watch.waits.get(id(loader), [0.0, 0.0])
+            wait, batches = watch.waited(loader)
             facts = loader_facts(loader, trains)
             if batches:
                 seconds = Quantity(value=wait / batches, unit="s", n=int(batches))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -17,14 +19,21 @@ import msgspec
 import psutil
 
 from upshift.errors import EnvironmentError_
-from upshift.hook.boot import spec_bytes
+from upshift.hardware.machine import memory_limit
+from upshift.hook.boot import OUTSIDE, spec_bytes
 from upshift.hook.channel import VARIABLE, Channel, ChannelClosed
 from upshift.hook.isolate import remove_scratch
 from upshift.hook.isolate.trackers import trial_environment
 from upshift.records.plan import Setting
-from upshift.sites import ProcessEnv
+from upshift.sites import NoEffect, ProcessEnv
 from upshift.sites.runner import ChildGone, ChildSpec
 from upshift.techniques import registry
+
+#: Environment variable that marks every process of a trial, with its scratch folder: daemons leave the process group.
+MARK = "UPSHIFT_TRIAL"
+
+#: How often a silent child is looked at: a descendant may keep the channel of a dead one open.
+LOOK_EVERY = 0.5
 
 START = Path(__file__).parent / "start" / "upshift_start.py"
 
@@ -35,11 +44,18 @@ def command(spec_file: Path, python: str = sys.executable) -> list[str]:
 
 
 def environment(plan: dict[str, dict[str, Setting]], base: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment for a plan: what the techniques with a `process_env` site add to `base`."""
+    """The environment for a plan: what the techniques with a `process_env` site add to `base`.
+
+    What came of them is told to the child, whose stage cannot see it.
+    """
     env = dict(os.environ if base is None else base)
+    outside: dict[str, str] = {}
     for technique, settings in registry.in_order(plan):
         if "process_env" in technique.card.sites:
-            technique.at(ProcessEnv(env=env), settings)
+            outcome = technique.at(ProcessEnv(env=env), settings)
+            outside[technique.card.name] = outcome.reason if isinstance(outcome, NoEffect) else ""
+    if outside:
+        env[OUTSIDE] = json.dumps(outside)
     return env
 
 
@@ -64,8 +80,19 @@ class HookedChild:
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """The next message, None after `timeout` seconds, or {"kind": "gone", "code": n}."""
+        deadline = time.monotonic() + timeout
         try:
-            return self._channel.receive(timeout)
+            while True:
+                left = max(deadline - time.monotonic(), 0.0)
+                message = self._channel.receive(min(left, LOOK_EVERY))
+                if message is not None:
+                    return message
+                code = self._process.poll()
+                if code is not None:
+                    # It may have spoken between the last look and its end.
+                    return self._channel.receive(0) or {"kind": "gone", "code": code}
+                if left <= LOOK_EVERY:
+                    return None
         except ChannelClosed:
             try:
                 code = self._process.wait(5)
@@ -94,6 +121,18 @@ class HookedChild:
         except (ProcessLookupError, PermissionError):
             pass
 
+    def memory(self) -> tuple[int, int]:
+        """Resident bytes of the whole family, and bytes available (container limits included)."""
+        held = 0
+        try:
+            main = psutil.Process(self._process.pid)
+            for member in (main, *main.children(recursive=True)):
+                held += member.memory_info().rss
+        except psutil.Error:
+            pass
+        available = min(int(psutil.virtual_memory().available), max(memory_limit() - held, 0))
+        return held, available
+
     def output(self) -> str:
         """The tail of what the script wrote."""
         if self._output:
@@ -112,22 +151,50 @@ class HookedChild:
             return
         self._dead = True
         self._output = self.output()
-        try:
-            family = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.Error:
-            family = []
+        family = _family(self._process.pid, self._scratch)
         self._signal(signal.SIGKILL)
-        for member in family:
-            try:
-                member.kill()
-            except psutil.Error:
-                pass
+        for _ in range(3):
+            for member in family:
+                try:
+                    member.kill()
+                except psutil.Error:
+                    pass
+            family = _family(self._process.pid, self._scratch)
+            if not family:
+                break
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             pass
         self._channel.close()
         remove_scratch(self._scratch)
+
+
+def _family(pid: int, scratch: Path) -> list[psutil.Process]:
+    """Descendants of `pid`, and whoever carries the mark of this trial although it left the family (a daemon)."""
+    found: dict[int, psutil.Process] = {}
+    try:
+        found = {item.pid: item for item in psutil.Process(pid).children(recursive=True)}
+    except psutil.Error:
+        pass
+    if not sys.platform.startswith("linux"):
+        return list(found.values())
+    wanted = f"{MARK}={scratch}".encode()
+    for item in psutil.pids():
+        try:
+            carried = Path(f"/proc/{item}/environ").read_bytes().split(b"\0")
+            if item != pid and item not in found and wanted in carried:
+                found[item] = psutil.Process(item)
+        except (OSError, psutil.Error):
+            continue
+    return [item for item in found.values() if _runs(item)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 class HookRunner:
@@ -145,30 +212,49 @@ class HookRunner:
         """
         try:
             scratch = Path(tempfile.mkdtemp(prefix="upshift-", dir=self.base))
-            record = scratch / "record"
-            record.mkdir()
-            spec = msgspec.structs.replace(spec, scratch=str(scratch), record=str(record))
-            (scratch / "spec.json").write_bytes(spec_bytes(spec))
-            if shutil.disk_usage(scratch).free < 64 * 2**20:
-                raise OSError(28, "less than 64 MiB are free")
         except OSError as error:
-            raise EnvironmentError_(
-                f"there is no room for trials in {tempfile.gettempdir()}: {error.strerror}.",
-                remedy="Free some space, or set TMPDIR to a folder with room.",
-            ) from None
-        ours, theirs = socket.socketpair()
+            raise _no_room(error) from None
+        try:
+            return self._start(spec, name, scratch)
+        except BaseException as error:
+            remove_scratch(scratch)
+            if isinstance(error, OSError):
+                raise _no_room(error) from None
+            raise
+
+    def _start(self, spec: ChildSpec, name: str, scratch: Path) -> HookedChild:
+        record = scratch / "record"
+        record.mkdir()
+        spec = msgspec.structs.replace(spec, scratch=str(scratch), record=str(record))
+        (scratch / "spec.json").write_bytes(spec_bytes(spec))
+        if shutil.disk_usage(scratch).free < 64 * 2**20:
+            raise OSError(errno.ENOSPC, "less than 64 MiB are free")
         env = environment(spec.plan)
         env.update(trial_environment(scratch / "trackers"))
-        env.update({VARIABLE: str(theirs.fileno()), "PYTHONHASHSEED": str((spec.seed or 0) % 2**32)})
-        with open(scratch / "output.txt", "wb") as output:
-            process = subprocess.Popen(
-                command(scratch / "spec.json", self.python),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        env.update({VARIABLE: str(theirs.fileno()), MARK: str(scratch)})
+        env["PYTHONHASHSEED"] = str((spec.seed or 0) % 2**32)
+        try:
+            with open(scratch / "output.txt", "wb") as output:
+                process = subprocess.Popen(
+                    command(scratch / "spec.json", self.python),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         return HookedChild(process, Channel(ours), scratch, name)
+
+
+def _no_room(error: OSError) -> EnvironmentError_:
+    return EnvironmentError_(
+        f"a trial cannot be started in {tempfile.gettempdir()}: {error.strerror}.",
+        remedy="Free some space, or set TMPDIR to a folder with room.",
+    )

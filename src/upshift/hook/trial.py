@@ -18,12 +18,12 @@ import os
 import random
 import time
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from upshift.hook.channel import Channel, ChannelClosed
-from upshift.hook.controller import Controller, describe, exit_code
+from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.patch import Patches
 from upshift.hook.snapshots import Snapshots
 from upshift.measure.paired import Sequential
@@ -60,11 +60,11 @@ class TrialController(Controller):
 
     def say(self, kind: str, name: str, text: str) -> None:
         """Tell the parent at once: a technique that fails must not be measured."""
-        self.channel.send({"kind": "note", "what": kind, "technique": name, "text": text})
+        self._tell({"kind": "note", "what": kind, "technique": name, "text": text})
 
     def rescue(self, module: Any, names: tuple[str, ...], error: Exception) -> None:
         """In a trial a technique that raises has failed; the parent ends this process."""
-        self.channel.send({"kind": "failed", "techniques": list(names), "text": describe(error)})
+        self._tell({"kind": "failed", "techniques": list(names), "text": describe(error)})
         self._wait_for_the_end()
 
     def on_step(self, record: StepRecord) -> None:
@@ -80,7 +80,7 @@ class TrialController(Controller):
             if self._compare_step(record):
                 return
         elif record.number == 0 and not self.left:
-            self.channel.send({"kind": "ready", "step": self._report([record]), "startup": record.at})
+            self._tell({"kind": "ready", "step": self._report([record]), "startup": record.at})
         elif self.left > 1:
             self.left -= 1
             self.pending.append(record)
@@ -88,7 +88,7 @@ class TrialController(Controller):
         else:
             self.left = 0
             self.pending.append(record)
-            self.channel.send({"kind": "steps", **self._report(self.pending)})
+            self._tell({"kind": "steps", **self._report(self.pending)})
             self.pending = []
         self._serve()
 
@@ -110,11 +110,10 @@ class TrialController(Controller):
             try:
                 message = self.channel.receive()
             except ChannelClosed:
-                self._wait_for_the_end()
-                return
+                os._exit(0)  # nobody is there to end this process
             kind = (message or {}).get("kind")
             if message is None or kind == "finish":
-                self.channel.send({"kind": "finished", "effects": self.stage.effects(), "steps": self.watch.index})
+                self._tell({"kind": "finished", "effects": self.stage.effects(), "steps": self.watch.index})
                 self._wait_for_the_end()
             elif kind == "go":
                 self._synchronize()
@@ -122,14 +121,14 @@ class TrialController(Controller):
                 return
             elif kind == "plan":
                 self._set(message["name"], message.get("settings"))
-                self.channel.send({"kind": "done", "acted": list(self.stage.acted)})
+                self._tell({"kind": "done", "acted": list(self.stage.acted)})
             elif kind == "compare":
                 self._synchronize()
                 self.compare = _Compare(message)
                 self._arm(self.compare.next_arm())
                 return
             elif kind == "digest":
-                self.channel.send({"kind": "digest", "sha256": self.digest()})
+                self._tell({"kind": "digest", "sha256": self.digest()})
 
     def _set(self, name: str, settings: dict[str, Any] | None) -> None:
         from upshift.techniques import registry
@@ -141,10 +140,15 @@ class TrialController(Controller):
             self.stage.add(technique, filled, self.watch.past_moments())
         self.watch.refresh()
 
-    def _wait_for_the_end(self) -> None:
+    def _wait_for_the_end(self) -> NoReturn:
         """Nothing of the script runs any more; the parent kills the process group."""
-        time.sleep(30)
-        os._exit(0)
+        stand_still()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        try:
+            self.channel.send(message)
+        except ChannelClosed:
+            os._exit(0)  # nobody is there to end this process
 
     def _report(self, records: list[StepRecord]) -> dict[str, Any]:
         self._synchronize()
@@ -158,6 +162,7 @@ class TrialController(Controller):
             "first": records[0].number,
             "optimizers": len(self.watch.optimizers),
             "problems": self.stage.problems(),
+            "effects": self.stage.effects(),
         }
 
     def _synchronize(self) -> None:
@@ -194,7 +199,7 @@ class TrialController(Controller):
             return True
         self.compare = None
         self._arm(compare.reference)
-        self.channel.send({"kind": "compared", **compare.result()})
+        self._tell({"kind": "compared", **compare.result()})
         return False
 
 

@@ -10,17 +10,22 @@ What is patched, and why there:
 
 Times are self-times: a phase does not contain a phase nested in it (a closure's backward inside `optimizer.step`).
 No global module hooks, dispatch modes or profilers in the steady state.
+
+Only root calls are looked at: `_depth` is 1 inside a root module, a backward pass (activation checkpointing calls
+modules there) and a fetch of data. A root module without parameters (a criterion) has no phase of its own: between
+the model's forward and backward its time is `loss`, elsewhere `other`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 from upshift.hook.patch import Patches
@@ -31,6 +36,18 @@ from upshift.sites import LoaderArgs, LoaderReady, ModelSeen, Moment, OptimizerS
 FORGET_AFTER = 16
 
 Rescue = Callable[[Any, tuple[str, ...], Exception], None]
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """Batches of a loader that has been used for evaluation, fetched with gradients on: for what, is seen later."""
+
+    loader: int
+    span_end: float
+    """End of the evaluation before."""
+    seconds: float = 0.0
+    batches: int = 0
+    epochs: int = 0
 
 
 class Watch:
@@ -50,9 +67,10 @@ class Watch:
         Args:
             stage: the techniques.
             on_step: called at the end of every global step; its own time is in no step.
-            rescue: called when a technique raised around a forward call; returns to let the original path go on,
-                or raises.
-            on_loss: called with the scalar a backward call starts from; True means: skip this update.
+            rescue: called when a technique raised around a forward call or before an optimizer step; returns to let
+                the original path go on, or raises.
+            on_loss: called with the scalar a backward call starts from (a float on the CPU, a detached tensor
+                elsewhere); True means: skip this update.
         """
         self.stage = stage
         self.on_step = on_step
@@ -84,15 +102,20 @@ class Watch:
         self._alive: dict[int, Any] = {}
         self._active: dict[int, int] = {}
         self._stepped: set[int] = set()
-        self._iterators: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._iterators: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
         self._evaluation_loaders: set[int] = set()
         self._last_loader = 0
-        self._opt_stack: list[tuple[float, float]] = []
+        self._fetch: tuple[int, float, float] | None = None
+        self._doubt: _Doubt | None = None
+        self._loader_numbers: dict[int, int] = {}
+        self._opt_stack: list[tuple[int, float, float]] = []
+        self._nested = 0
+        self._withheld: list[tuple[Any, Any]] = []
         self._depth = 0
         self._in_data = False
         self._in_backward = False
         self._skip = False
-        self._eval_trains = False
+        self._eval_trains: set[int] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -107,12 +130,13 @@ class Watch:
         self.gap_mark = 0.0
         self.span_start = 0.0
         self.span_end = 0.0
-        self.span_with_grad = False
+        self.span_modules: set[int] = set()
 
     # -- installing ---------------------------------------------------------------------------------------------
 
-    def install(self, torch: ModuleType) -> None:
+    def install(self, torch: Any) -> None:
         """Patch torch. Call when torch has just been imported and nothing of the script has used it."""
+        self._generator = torch.default_generator
         self._patch_forward(torch)
         self._patch_backward(torch)
         self._patch_loader(torch)
@@ -145,7 +169,12 @@ class Watch:
 
     def evaluation_only(self, loader: Any) -> bool:
         """Whether this loader's batches were only ever used without gradients."""
-        return id(loader) in self._evaluation_loaders or self.waits.get(id(loader), [0.0, 0.0])[1] == 0
+        return self._loader_numbers.get(id(loader)) in self._evaluation_loaders or self.waited(loader)[1] == 0
+
+    def waited(self, loader: Any) -> tuple[float, float]:
+        """Seconds that training waited for this loader, and for how many batches."""
+        seconds, batches = self.waits.get(self._loader_numbers.get(id(loader), 0), (0.0, 0.0))
+        return seconds, batches
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -154,25 +183,29 @@ class Watch:
         now, ident, grad_enabled = time.perf_counter, threading.get_ident, torch.is_grad_enabled
         compiling = torch.compiler.is_compiling
         watch = self
+        self._grad_enabled = grad_enabled
+        self._is_tracing = torch.jit.is_tracing
 
         def __call__(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            if watch._depth or ident() != watch.thread or compiling():
+            # `compiling` first: a tracer folds it, and then never reads what belongs to the watch.
+            if compiling() or watch._depth or ident() != watch.thread:
                 return original(module, *args, **kwargs)
-            watch._depth = 1
             found = watch._around.get(id(module))
             if found is None:
                 found = watch._first_call(module, args, kwargs)
             around, trains = found
+            if not trains:
+                return watch._call_criterion(original, module, args, kwargs)
+            watch._depth = 1
             start = now()
             outer, watch.inner = watch.inner, 0.0
-            gradients = grad_enabled()
-            if trains:
-                if gradients and (module.training or watch._eval_trains):
-                    if watch.span_start:
-                        watch._close_span()
-                    watch._evaluation_loaders.discard(watch._last_loader)
-                else:
-                    watch._open_span(start, gradients)
+            if grad_enabled() and (module.training or id(module) in watch._eval_trains):
+                if watch.span_start:
+                    watch._leave_span()
+                watch._fetch = None
+                watch._evaluation_loaders.discard(watch._last_loader)
+            else:
+                watch._open_span(start, module)
             try:
                 if around:
                     return watch._call_around(original, around, module, args, kwargs)
@@ -181,41 +214,77 @@ class Watch:
                 watch._depth = 0
                 end = now()
                 took = end - start
-                alone = took - watch.inner
-                watch.inner = outer + took
                 watch.events += 1
                 if watch.span_start:
                     watch.span_end = end
                     watch.nograd_calls += 1
-                    watch.accounted += alone
                 else:
+                    alone = took - watch.inner
                     watch.forward += alone
                     watch.accounted += alone
                     watch.forward_end = end
                     watch.gap_mark = watch.accounted
                     watch.calls += 1
+                watch.inner = outer + took
 
-        self.patches.set(torch.nn.Module, "__call__", __call__)
+        self.patches.set(torch.nn.Module, "__call__", _like(original, __call__))
+
+    def _call_criterion(self, original: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        """A root module without parameters: only evaluation must go on being evaluation while it runs."""
+        if not self.span_start:
+            return original(module, *args, **kwargs)
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            if self.span_start and (self.span_modules or not self._grad_enabled()):
+                self.span_end = time.perf_counter()
+                self._doubt = None
 
     def _work_begins(self, now: float) -> None:
-        """Start-up ends with the first batch fetched or the first model called."""
+        """Start-up ends with the first batch fetched, model called, backward pass or step."""
         if self.first_work is None:
             self.first_work = self.last = now
 
-    def _open_span(self, start: float, gradients: bool) -> None:
+    def _open_span(self, start: float, module: Any) -> None:
+        """Work without gradients, or in evaluation mode, begins or goes on."""
+        gradients = self._grad_enabled()
+        fetch, self._fetch, self._doubt = self._fetch, None, None
+        if fetch is not None:
+            # The batch was fetched for this, not for training; a loader met so for the first time was taken for
+            # the training loader. Without gradients it may still be a teacher's, before the student's forward.
+            self._evaluation_loaders.add(fetch[0])
+            if gradients and not self.span_start:
+                self._count_data(fetch[0], -fetch[2], -1)
+                start = fetch[1]
         if not self.span_start:
             self.span_start = start
-        self.span_with_grad = gradients
-        if self._last_loader:
-            self._evaluation_loaders.add(self._last_loader)
+        if gradients:
+            self.span_modules.add(id(module))
+
+    def _leave_span(self) -> None:
+        """Training goes on. A batch fetched since the last evaluated one was fetched for training."""
+        doubt = self._doubt
+        if doubt is None:
+            self._close_span()
+            return
+        self._doubt = None
+        self.span_end = doubt.span_end
+        self._close_span()
+        self.epochs += doubt.epochs
+        self._count_data(doubt.loader, doubt.seconds, doubt.batches)
 
     def _close_span(self) -> None:
-        self.nograd += self.span_end - self.span_start
+        took = self.span_end - self.span_start
+        self.nograd += took
+        self.accounted += took
         self.span_start = 0.0
+        self.span_modules.clear()
 
     def _first_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """A root module is called for the first time, or for the first time since a switch."""
         key = id(module)
+        if self._is_tracing():
+            return (), False  # what is recorded now is a graph, not a training
         has_parameters = next(iter(module.parameters()), None) is not None
         if has_parameters and key not in self._alive:
             self._remember(module)
@@ -237,9 +306,11 @@ class Watch:
         key = id(owner)
 
         def forget(_: Any, key: int = key, watch: Watch = self) -> None:
-            for table in (watch._alive, watch._around, watch._guards, watch._active, watch.shapes):
+            tables = (watch._alive, watch._around, watch._guards, watch._active, watch.shapes, watch._loader_numbers)
+            for table in tables:
                 table.pop(key, None)
-            watch._stepped.discard(key)
+            for names in (watch._stepped, watch._eval_trains, watch.closures):
+                names.discard(key)
 
         self._alive[key] = weakref.ref(owner, forget)
 
@@ -249,10 +320,15 @@ class Watch:
 
         for _, applied in reversed(around):
             call = _wrap(applied, call, module)
+        if self._is_tracing():
+            return original(module, *args, **kwargs)
+        # So that dropout draws in the second attempt what it would have drawn in the first (CPU only).
+        random = self._generator.get_state()
         try:
             return call(*args, **kwargs)
         except Exception as error:
             self.rescue(module, tuple(name for name, _ in around), error)
+            self._generator.set_state(random)
             return original(module, *args, **kwargs)
 
     # -- backward -----------------------------------------------------------------------------------------------
@@ -273,18 +349,9 @@ class Watch:
             if watch._in_backward:
                 return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
             start = now()
-            if watch.span_start:
-                # A backward right after a forward in eval mode: this script trains in eval mode.
-                watch._eval_trains = watch._eval_trains or watch.span_with_grad
-                watch._close_span()
-            if watch.forward_end:
-                gap = start - watch.forward_end - (watch.accounted - watch.gap_mark)
-                watch.loss += gap
-                watch.accounted += gap
-                watch.forward_end = 0.0
-            first = tensors if isinstance(tensors, tensor_type) else (tensors[0] if len(tensors) else None)
-            if first is not None and first.numel() == 1:
-                value = first if first.device.type == "cpu" else first.detach()
+            watch._before_backward(start)
+            value = _start_value(tensors, tensor_type)
+            if value is not None:
                 watch.losses.append(value)
                 watch.loss_seen = True
                 if watch.on_loss is not None and watch.on_loss(value):
@@ -292,11 +359,13 @@ class Watch:
             if kwargs.get("create_graph") or (len(args) > 2 and args[2]):
                 watch.create_graph = True
             outer, watch.inner = watch.inner, 0.0
+            depth, watch._depth = watch._depth, 1
             watch._in_backward = True
             try:
                 return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
             finally:
                 watch._in_backward = False
+                watch._depth = depth
                 took = now() - start
                 alone = took - watch.inner
                 watch.backward += alone
@@ -312,20 +381,34 @@ class Watch:
                 watch.create_graph = True
             start = now()
             outer, watch.inner = watch.inner, 0.0
+            depth, watch._depth = watch._depth, 1
             watch._in_backward = True
             try:
                 return original_grad(*args, **kwargs)
             finally:
                 watch._in_backward = False
+                watch._depth = depth
                 took = now() - start
                 watch.backward += took - watch.inner
                 watch.accounted += took - watch.inner
                 watch.inner = outer + took
 
-        backward.__wrapped__ = original  # type: ignore[attr-defined]
-        grad.__wrapped__ = original_grad  # type: ignore[attr-defined]
-        self.patches.set(torch.autograd, "backward", backward)
-        self.patches.set(torch.autograd, "grad", grad)
+        self.patches.set(torch.autograd, "backward", _like(original, backward))
+        self.patches.set(torch.autograd, "grad", _like(original_grad, grad))
+
+    def _before_backward(self, start: float) -> None:
+        """Close what was open: evaluation, and the time since the end of the model's forward."""
+        self._work_begins(start)
+        if self.span_start:
+            # A backward right after a forward in eval mode: these modules are trained in eval mode.
+            self._eval_trains |= self.span_modules
+            self._leave_span()
+        if self.forward_end:
+            gap = start - self.forward_end - (self.accounted - self.gap_mark)
+            self.loss += gap
+            self.accounted += gap
+            self.inner += gap
+            self.forward_end = 0.0
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -355,38 +438,50 @@ class Watch:
                 return original_iter(loader)
             start = now()
             watch._work_begins(start)
-            key = id(loader)
-            if key not in watch._alive:
-                watch._remember(loader)
-                watch.loaders.append(weakref.ref(loader))
+            key = watch._loader_numbers.get(id(loader), 0)
+            if not key:
+                key = watch._number_loader(loader)
                 watch.stage.raise_site(LoaderReady(loader=loader, scratch=watch.scratch))
             outer, watch.inner = watch.inner, 0.0
+            depth, watch._depth = watch._depth, 1
             try:
                 iterator = original_iter(loader)
-                watch._iterators[iterator] = key
+                # The loader of a `for` loop may have no other owner; one that owns its iterator is not kept by it.
+                kept = None if getattr(loader, "persistent_workers", False) else loader
+                watch._iterators[iterator] = (key, kept)
                 return iterator
             finally:
+                watch._depth = depth
                 watch._data_done(start, outer, now(), key, grad_enabled(), epoch=True)
 
         def __next__(iterator: Any) -> Any:
             if watch._in_data or ident() != watch.thread:
                 return original_next(iterator)
-            key = watch._iterators.get(iterator, 0)
+            key = watch._iterators.get(iterator, (0, None))[0]
             start = now()
             outer, watch.inner = watch.inner, 0.0
+            depth, watch._depth = watch._depth, 1
             watch._in_data = True
             try:
                 return original_next(iterator)
             finally:
                 watch._in_data = False
+                watch._depth = depth
                 watch._last_loader = key
                 watch.events += 1
                 watch._data_done(start, outer, now(), key, grad_enabled(), batch=True)
 
-        __init__.__wrapped__ = original_init  # type: ignore[attr-defined]
-        self.patches.set(loader_class, "__init__", __init__)
-        self.patches.set(loader_class, "__iter__", __iter__)
-        self.patches.set(iterator_class, "__next__", __next__)
+        self.patches.set(loader_class, "__init__", _like(original_init, __init__))
+        self.patches.set(loader_class, "__iter__", _like(original_iter, __iter__))
+        self.patches.set(iterator_class, "__next__", _like(original_next, __next__))
+
+    def _number_loader(self, loader: Any) -> int:
+        """A number for what is known of this loader; its iterators may outlive it."""
+        if id(loader) not in self._alive:
+            self._remember(loader)
+        self.loaders.append(weakref.ref(loader))
+        number = self._loader_numbers[id(loader)] = len(self.loaders)
+        return number
 
     def _data_done(
         self, start: float, outer: float, end: float, key: int, grad: bool, *, batch: bool = False, epoch: bool = False
@@ -394,22 +489,31 @@ class Watch:
         took = end - start
         alone = took - self.inner
         self.inner = outer + took
-        self.accounted += alone
         if not grad or key in self._evaluation_loaders:
             if not self.span_start:
-                self.span_start = start
+                self.span_start = self.span_end = start
+            if grad:
+                doubt = self._doubt = self._doubt or _Doubt(key, self.span_end)
+                doubt.seconds += alone
+                doubt.batches += batch
+                doubt.epochs += epoch
             self.span_end = end
             return
         if self.span_start:
-            self._close_span()
-        self.data += alone
-        self.batches += batch
+            self._leave_span()
         self.epochs += epoch
+        self._count_data(key, alone, batch)
+        self._fetch = (key, start, alone) if batch else None
+
+    def _count_data(self, key: int, seconds: float, batches: int) -> None:
+        self.accounted += seconds
+        self.data += seconds
+        self.batches += batches
         wait = self.waits.get(key)
         if wait is None:
             wait = self.waits[key] = [0.0, 0.0]
-        wait[0] += alone
-        wait[1] += batch
+        wait[0] += seconds
+        wait[1] += batches
 
     # -- optimizer ----------------------------------------------------------------------------------------------
 
@@ -430,39 +534,80 @@ class Watch:
             if ident() != watch.thread:
                 return
             start = now()
-            if len(watch._opt_stack) > 4:  # a step that raised left its entry behind
-                watch._opt_stack.clear()
+            if watch.span_start:
+                watch._leave_span()
             key = id(optimizer)
+            if watch._opt_stack:
+                watch._drop_left_behind(key)
             guards = watch._guards.get(key)
             if guards is None:
+                watch._work_begins(start)
                 guards = watch._first_step(optimizer, args, kwargs)
-            for _, applied in guards:
-                applied.before_step(optimizer)
+            for name, applied in guards:
+                try:
+                    applied.before_step(optimizer)
+                except Exception as error:
+                    watch.rescue(optimizer, (name,), error)
             if watch._skip:
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.grad = None
-            watch._opt_stack.append((start, watch.inner))
+                watch._withhold(optimizer)
+            watch._opt_stack.append((key, start, watch.inner))
             watch.inner = 0.0
 
         def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if ident() != watch.thread or not watch._opt_stack:
+            stack = watch._opt_stack
+            if not stack or ident() != watch.thread:
                 return
             end = now()
-            start, outer = watch._opt_stack.pop()
+            key = id(optimizer)
+            if stack[-1][0] != key:
+                return
+            _, start, outer = stack.pop()
             took = end - start
             alone = took - watch.inner
             watch.optimizer += alone
             watch.accounted += alone
             watch.inner = outer + took
             watch.events += 1
-            if not watch._opt_stack and watch._is_boundary(id(optimizer)):
+            if watch._withheld:
+                watch._give_back()
+            if stack:
+                watch._inside(key)
+            elif watch._is_boundary(key):
                 watch._boundary(end)
 
-        __init__.__wrapped__ = original_init  # type: ignore[attr-defined]
-        self.patches.set(torch.optim.Optimizer, "__init__", __init__)
+        self.patches.set(torch.optim.Optimizer, "__init__", _like(original_init, __init__))
         self._handles.append(register_optimizer_step_pre_hook(before))
         self._handles.append(register_optimizer_step_post_hook(after))
+
+    def _drop_left_behind(self, key: int) -> None:
+        """A step that raised left its entry behind; it is dropped when the same optimizer steps again."""
+        for place, (other, _, _) in enumerate(self._opt_stack):
+            if other == key:
+                del self._opt_stack[place:]
+                return
+
+    def _inside(self, key: int) -> None:
+        """This optimizer stepped inside the step of another (a wrapper): it ends no step of its own."""
+        self._active.pop(key, None)
+        self._stepped.discard(key)
+        self._nested += 1
+        if self._nested > FORGET_AFTER:
+            # No step of the outer one has ended for long: it raised, and is not used any more.
+            self._opt_stack.clear()
+
+    def _withhold(self, optimizer: Any) -> None:
+        """Without gradients a step changes nothing; they are given back after it, since scripts may log them."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._withheld.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def _give_back(self) -> None:
+        for parameter, gradient in self._withheld:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._withheld.clear()
 
     def _first_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         key = id(optimizer)
@@ -481,7 +626,9 @@ class Watch:
         """Whether this optimizer step ends a global step: every optimizer in use has stepped since the last."""
         active = self._active
         active[key] = 0
+        self._nested = 0
         if len(active) == 1:
+            self._stepped.clear()
             return True
         self._stepped.add(key)
         for other in list(active):
@@ -496,7 +643,7 @@ class Watch:
 
     def _boundary(self, end: float) -> None:
         if self.span_start:
-            self._close_span()
+            self._leave_span()
         record = StepRecord(
             self.index,
             end - self.born,
@@ -543,8 +690,38 @@ class Watch:
                 watch.accounted += took
                 watch.inner += took
 
-        save.__wrapped__ = original  # type: ignore[attr-defined]
-        self.patches.set(torch, "save", save)
+        wrapper = _like(original, save)
+        self.patches.set(torch, "save", wrapper)
+        # Under its own name too, so that it can still be pickled by reference.
+        if getattr(torch.serialization, "save", None) is original:
+            self.patches.set(torch.serialization, "save", wrapper)
+
+
+def _like(original: Any, wrapper: Any) -> Any:
+    """Name, signature and documentation of what is wrapped."""
+    return functools.update_wrapper(wrapper, original)
+
+
+def _start_value(tensors: Any, tensor_type: Any) -> Any:
+    """The scalar a backward call starts from: a float on the CPU, a detached tensor elsewhere; None if there is none.
+
+    Several scalars count as their sum, which is what is differentiated.
+    """
+    if isinstance(tensors, tensor_type):
+        return _scalar(tensors)
+    if not isinstance(tensors, (tuple, list)) or not tensors:
+        return None
+    values = [_scalar(item) if isinstance(item, tensor_type) else None for item in tensors]
+    return None if any(value is None for value in values) else sum(values)
+
+
+def _scalar(tensor: Any) -> Any:
+    try:
+        if tensor.numel() != 1 or not tensor.is_floating_point():
+            return None
+        return tensor.item() if tensor.is_cpu else tensor.detach()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None  # a fake tensor, or one without storage
 
 
 def _wrap(applied: Any, call: Any, module: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +15,15 @@ from upshift.records.planfile import settings_digest
 
 #: Arguments that change how long or where a script runs, not the shape of a step.
 _HARMLESS = re.compile(
-    r"^-{0,2}(n[-_]?)?(num[-_]?)?(epochs?|max[-_]?(iters?|steps|epochs)|steps|iters|iterations|seed|log[-_]?\w*|"
-    r"save[-_]?\w*|out(put)?[-_]?\w*|outf|resume|ckpt\w*|checkpoint\w*|dry[-_]run|print[-_]\w*|eval[-_](interval|iters|every)|"
-    r"run[-_]?name|wandb[-_]?\w*|name|device)$",
+    r"^-{0,2}((n[-_]?)?(num[-_]?)?(epochs?|max[-_]?(iters?|steps|epochs)|steps|iters|iterations)|seed|resume|name|device|"
+    r"(log|save|print|eval|ckpt|checkpoint)s?[-_]?(every|interval|freq|frequency|steps|iters|dir|path|file|folder|name|to)|"
+    r"log[-_]level|save|ckpt|checkpoint|out|outf|output|out(put)?[-_]?(dir|path|file|folder|name)|"
+    r"dry[-_]run|run[-_]?name|wandb[-_]?\w*)$",
     re.IGNORECASE,
 )
+
+#: Larger files are not Python modules.
+_MOST_BYTES = 16 << 20
 
 
 def _digest(parts: Sequence[bytes]) -> str:
@@ -54,13 +59,27 @@ def _version(package: str) -> str:
 
 
 def _script_path(script: str, module: bool) -> Path | None:
+    """Where the code lies, found without importing anything."""
     if not module:
         return Path(script)
-    candidate = Path(*script.split("."))
-    for path in (candidate.with_suffix(".py"), candidate / "__main__.py"):
-        if path.exists():
-            return path
+    inside = Path(*script.split("."))
+    for folder in (Path.cwd(), *map(Path, sys.path)):
+        for path in (folder / inside.with_suffix(".py"), folder / inside / "__main__.py"):
+            if path.is_file():
+                return path
     return None
+
+
+def _content(folder: Path, name: str) -> bytes:
+    """A module beside the script. A plan may come from anywhere: nothing outside the folder is opened, no device."""
+    path = folder / name
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    try:
+        if not inside or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return b"missing"
+        return path.read_bytes()
+    except (OSError, ValueError):
+        return b"missing"
 
 
 def fingerprint(
@@ -78,12 +97,9 @@ def fingerprint(
         files: modules beside the script that it imports, relative to its folder.
     """
     path = _script_path(script, module)
-    content = path.read_bytes() if path is not None and path.exists() else b""
+    content = b"" if path is None else _content(path.parent, path.name)
     folder = Path.cwd() if module else (path or Path()).parent
-    sources = []
-    for name in files:
-        beside = folder / name
-        sources.append(beside.read_bytes() if beside.exists() else b"missing")
+    sources = [_content(folder, name) for name in files]
     return Fingerprint(
         script=_digest([content]),
         sources=_digest(sources),

@@ -159,7 +159,8 @@ def read(path: Path) -> dict[str, Plan]:
         try:
             plans[key] = msgspec.convert(section, Plan)
         except msgspec.ValidationError as error:
-            place = str(error).replace("`$", f"`devices.{key}")
+            text = str(error)
+            place = text.replace("`$", f"`devices.{key}") if "`$" in text else f"{text} - at `devices.{key}`"
             raise PlanError(
                 f"the plan {path}: {place}.", remedy="Correct that entry, or run upshift tune anew."
             ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ _NAME_A_RUN = "Name a folder below .upshift/runs."
 
 #: Windows kept in a folded run; longer logs are thinned by merging neighbours.
 MOST_WINDOWS = 4096
+
+#: More events than any run has; a longer line is not one of ours.
+MOST_EVENTS = 10_000
+MAX_LINE = 1 << 20
 
 
 class RunLog:
@@ -39,18 +44,37 @@ class RunLog:
             ) from None
         self.folder = folder
         self.broken = ""
+        self._file = self._identity()
+        self._torn = False
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = os.fstat(self._fd)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def append(self, kind: str, **fields: Any) -> None:
         """Append one event. A full disk is remembered in `broken`, never raised: training goes on."""
         line = msgspec.json.encode({"kind": kind, **fields}) + b"\n"
+        if self._file is None or self._identity() != self._file:
+            # A script may close every descriptor; the number may be a file of its own by now.
+            self.broken = "its file was closed by the script"
+            return
         try:
-            os.write(self._fd, line)
+            # After a write cut short the next line starts anew.
+            written = os.write(self._fd, b"\n" + line if self._torn else line)
+            self._torn = written < len(line)
+            if self._torn:
+                self.broken = os.strerror(errno.ENOSPC)
         except OSError as error:
             self.broken = error.strerror or str(error)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file, if it is still ours."""
+        if self._file is not None and self._identity() == self._file:
+            os.close(self._fd)
+        self._file = None
 
 
 def new_id() -> str:
@@ -60,72 +84,102 @@ def new_id() -> str:
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
     with open(path, "rb") as file:
-        for line in file:
+        while line := file.readline(MAX_LINE):
+            if line == b"\n":
+                continue
             try:
                 found = msgspec.json.decode(line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 yield None
                 continue
-            yield found if isinstance(found, dict) else None
+            yield found if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
+
+
+class _Folded:
+    """What has been read of a log so far."""
+
+    def __init__(self) -> None:
+        self.start: _Start | None = None
+        self.end: _End | None = None
+        self.windows: list[Window] = []
+        self.events: list[Event] = []
+        self.torn = 0
+
+    def add(self, item: dict[str, Any]) -> None:
+        kind = item.pop("kind")
+        if kind == "start":
+            self.start = msgspec.convert(item, _Start)
+        elif kind == "end":
+            self.end = msgspec.convert(item, _End)
+        elif kind == "steps":
+            self.windows.append(msgspec.convert(item, Window))
+            if len(self.windows) > 2 * MOST_WINDOWS:
+                self.windows = _thin(self.windows)
+        elif len(self.events) < MOST_EVENTS:
+            self.events.append(msgspec.convert({"at": 0.0, "text": "", **item, "kind": kind}, Event))
+
+
+class _Start(msgspec.Struct):
+    script: str
+    arguments: tuple[str, ...]
+    started: str
+    pid: int = 0
+    clock: float | None = None
+    plan: str = ""
+    techniques: dict[str, dict[str, bool | int | float | str]] = {}
+    environment: dict[str, str] = {}
+
+
+class _End(msgspec.Struct):
+    code: int | None = None
+    seconds: float | None = None
 
 
 def fold(folder: Path) -> Run:
-    """The run recorded in `folder`.
+    """The run recorded in `folder`. Lines that cannot be read are counted in `torn_lines`.
 
     Raises:
         RecordError: no log there, or one that does not begin like ours.
     """
-    path = folder / LOG
-    head: dict[str, Any] | None = None
-    end: dict[str, Any] | None = None
-    windows: list[Window] = []
-    events: list[Event] = []
-    torn = 0
+    found = _Folded()
     try:
-        for item in _lines(path):
-            if item is None:
-                torn += 1
-            elif item["kind"] == "start":
-                head = item
-            elif item["kind"] == "end":
-                end = item
-            elif item["kind"] == "steps":
-                windows.append(msgspec.convert({k: v for k, v in item.items() if k != "kind"}, Window))
-                if len(windows) > 2 * MOST_WINDOWS:
-                    windows = _thin(windows)
-            else:
-                events.append(Event(at=item.get("at", 0.0), kind=str(item["kind"]), text=str(item.get("text", ""))))
-    except (OSError, KeyError, msgspec.ValidationError) as error:
-        raise RecordError(
-            f"{folder} holds no readable run: {error}.", remedy="Name a folder below .upshift/runs."
-        ) from None
+        for item in _lines(folder / LOG):
+            try:
+                if item is None:
+                    found.torn += 1
+                else:
+                    found.add(item)
+            except msgspec.ValidationError:
+                found.torn += 1
+    except OSError as error:
+        raise RecordError(f"{folder} holds no readable run: {error.strerror}.", remedy=_NAME_A_RUN) from None
+    head, end, windows = found.start, found.end, found.windows
     if head is None:
-        raise RecordError(f"{folder} holds no readable run.", remedy="Name a folder below .upshift/runs.")
+        raise RecordError(f"{folder} holds no readable run.", remedy=_NAME_A_RUN)
     if len(windows) > MOST_WINDOWS:
         windows = _thin(windows)
     status: Literal["running", "finished", "failed", "interrupted", "unknown"] = "unknown"
     if end is not None:
-        code = end.get("code")
-        status = "finished" if code == 0 else "interrupted" if code == 130 else "failed"
-    elif _alive(head.get("pid")):
+        status = "finished" if end.code == 0 else "interrupted" if end.code == 130 else "failed"
+    elif _alive(head.pid, head.clock):
         status = "running"
     last = windows[-1] if windows else None
     return Run(
         id=folder.name,
-        script=head["script"],
-        arguments=tuple(head["arguments"]),
-        started=head["started"],
+        script=head.script,
+        arguments=head.arguments,
+        started=head.started,
         status=status,
-        exit_code=end.get("code") if end else None,
-        seconds=end.get("seconds") if end else (last.at if last else None),
-        plan=head.get("plan", ""),
-        techniques=head.get("techniques", {}),
+        exit_code=end.code if end else None,
+        seconds=end.seconds if end else (last.at if last else None),
+        plan=head.plan,
+        techniques=head.techniques,
         steps=last.first + last.n if last else 0,
         windows=tuple(windows),
-        events=tuple(events),
-        environment=head.get("environment", {}),
-        guard_fired=any(item.kind == "guard" for item in events),
-        torn_lines=torn,
+        events=tuple(found.events),
+        environment=head.environment,
+        guard_fired=any(item.kind == "guard" for item in found.events),
+        torn_lines=found.torn,
     )
 
 
@@ -154,13 +208,15 @@ def _thin(windows: list[Window]) -> list[Window]:
     return merged + windows[len(merged) * 2 :]
 
 
-def _alive(pid: Any) -> bool:
-    if not isinstance(pid, int):
-        return False
+def _alive(pid: int, clock: float | None) -> bool:
+    """Whether the process that began the log at `clock` (seconds since the epoch) still runs."""
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
+        process = psutil.Process(pid)
+        # A process younger than the log has only been given the same number.
+        return process.status() != psutil.STATUS_ZOMBIE and (clock is None or process.create_time() <= clock + 1.0)
+    except psutil.AccessDenied:
         return True
-    return True
+    except (psutil.Error, ValueError, OverflowError):
+        return False

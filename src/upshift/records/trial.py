@@ -53,7 +53,7 @@ class UpdateCheck(Record, frozen=True):
     cosine: float
     norm_ratio: float
     relative_error: float
-    noise: float | None
+    noise: float | None = None
     """The same distance between the updates of two different mini-batches of the reference arm."""
     worst: str = ""
     worst_cosine: float = 1.0

@@ -33,6 +33,8 @@ class Stage:
         self._applied: dict[str, list[Applied]] = {}
         self._off: set[str] = set()
         self._why: dict[str, str] = {}
+        #: Techniques that acted on the environment before this process began -> why they had no effect, if so.
+        self.outside: dict[str, str] = {}
         self._forward: dict[int, list[tuple[str, ForwardApplied]]] = {}
         self._step: dict[int, list[tuple[str, StepApplied]]] = {}
         self._alive: dict[int, Any] = {}
@@ -45,7 +47,8 @@ class Stage:
     @property
     def acted(self) -> tuple[str, ...]:
         """Techniques that really act on something now."""
-        return tuple(name for name, items in self._applied.items() if items)
+        outside = [name for name, reason in self.outside.items() if name in self._entries and not reason]
+        return (*outside, *(name for name, items in self._applied.items() if items and name not in outside))
 
     def raise_site(self, moment: Moment) -> None:
         """Offer a moment to every technique whose card names its site."""
@@ -145,7 +148,9 @@ class Stage:
         for name in self._entries:
             items = self._applied.get(name, [])
             reasons = [found.reason for item in items if (found := item.effect()) is not None]
-            if not items:
+            if not items and name in self.outside:
+                result[name] = self.outside[name]
+            elif not items:
                 result[name] = self._why.get(name, "it found nothing to act on")
             else:
                 result[name] = reasons[0] if len(reasons) == len(items) else ""

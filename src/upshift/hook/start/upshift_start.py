@@ -2,8 +2,10 @@
 
 import sys
 
-del sys.path[0]
+loaded = frozenset(sys.modules)
+if not sys.flags.safe_path:
+    del sys.path[0]
 
 from upshift.hook.boot import main  # noqa: E402  (the path must be clean first)
 
-main()
+main(loaded)
