@@ -1,4 +1,4 @@
-"""diagnose(), tune(), run(), report(): wiring only."""
+"""diagnose(), tune(), run(), load(): wiring only."""
 
 from __future__ import annotations
 
@@ -287,6 +287,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         say,
         on_trial,
         earlier=tuple(earlier.trials) if earlier is not None else (),
+        predicted=_predicted(found.findings),
     )
     if options.dry_run:
         told = pilot.plan_ahead()
@@ -303,7 +304,10 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         proof=final.proof if final is not None else None,
     )
     plan = _plan(target, report, outcome, files)
-    planfile.write(plan_file, plan)
+    if outcome.interrupted and not plan.kept and plan_file.exists():
+        say(f"{plan_file} is left as it was")
+    else:
+        planfile.write(plan_file, plan)
     report_file = Path(".upshift") / "reports" / f"{slug(str(target.stem))}.json"
     codec.write(report_file, report)
     from upshift.report import html
@@ -313,6 +317,15 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     if not outcome.interrupted:
         state.file.unlink(missing_ok=True)
     return Tuned(report, plan, plan_file, report_file, page)
+
+
+def _predicted(findings: Sequence[Finding]) -> dict[str, float]:
+    """Technique -> the largest speed-up a finding predicts for it."""
+    gains: dict[str, float] = {}
+    for finding in findings:
+        for name in finding.techniques:
+            gains[name] = max(gains.get(name, 1.0), finding.gain.or_else(1.0))
+    return gains
 
 
 def _files_of(report: TuneReport) -> tuple[str, ...]:
@@ -439,9 +452,7 @@ def _still_good(target: Target, options: RunOptions, file: Path, plan: Plan, dev
     labelled = plan.proof is not None and bool(plan.proof.weaker)
     least = options.require or ("update" if labelled else "trajectory")
     if _RUNG_ORDER[rung] < _RUNG_ORDER[least]:
-        return Chosen(
-            {}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline (--require {rung})",)
-        )
+        return Chosen({}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline",))
     if plan.speedup is not None:
         notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
     if labelled and plan.proof is not None:

@@ -193,7 +193,11 @@ def test_interrupted_search_leaves_nothing(place):
 
 TRAINING = {
     "three steps": (TRAIN.format(steps=3), 0, ()),
-    "crash in the middle": (TRAIN.format(steps=10) + "    if step == 4: raise OSError('disk gone')\n", 0, ("OSError: disk gone",)),
+    "crash in the middle": (
+        TRAIN.format(steps=10) + "    if step == 4: raise OSError('disk gone')\n",
+        0,
+        ("OSError: disk gone",),
+    ),
     "no optimizer": (
         "import torch\nw = torch.ones(3, requires_grad=True)\nfor _ in range(3): w.sum().backward()",
         4,
@@ -287,7 +291,7 @@ PLANS = {
     "unknown key": (HEAD + "run_this = 'rm'", ("run_this", "Correct that entry")),
     "unknown technique": (HEAD + "[[devices.cpu.kept]]\nname = '../../evil'", ("../../evil", "Known:")),
     "module name": (HEAD + "[[devices.cpu.kept]]\nname = 'os:system'", ("os:system", "Known:")),
-    "unknown setting": (HEAD + "[[devices.cpu.kept]]\nname = 'threads'\nsettings = {speed = 9}", ("'speed'", "It has:")),
+    "unknown setting": (HEAD + "[[devices.cpu.kept]]\nname = 'threads'\nsettings = {a = 9}", ("'a'", "It has:")),
     "wrong type": (HEAD + "[[devices.cpu.kept]]\nname = 'threads'\nsettings = {intra = 'all'}", ("threads.intra",)),
     "nested setting": (HEAD + "[[devices.cpu.kept]]\nname = 'threads'\nsettings = {intra = [1]}", ("settings",)),
     "huge": ("schema = 1\n# " + "x" * (2 << 20), ("larger than any plan",)),

@@ -46,11 +46,30 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Ended]:
     return both([str(SCRIPTS / "zoo.py")], folder, folder / "runs")
 
 
-KINDS = (
-    "accumulation gan critics lbfgs double_precision several_roots backward_of_several functional loaders schedulers "
-    "disabled_scaler double_backward copies teacher hooks tied_and_checkpointed frozen_norm seeds step_that_raises "
-    "thread module_level random"
-).split()
+KINDS = [
+    "accumulation",
+    "gan",
+    "critics",
+    "lbfgs",
+    "double_precision",
+    "several_roots",
+    "backward_of_several",
+    "functional",
+    "loaders",
+    "schedulers",
+    "disabled_scaler",
+    "double_backward",
+    "copies",
+    "teacher",
+    "hooks",
+    "tied_and_checkpointed",
+    "frozen_norm",
+    "seeds",
+    "step_that_raises",
+    "thread",
+    "module_level",
+    "random",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +124,10 @@ ENDINGS = {
     "exit text": ("import sys; sys.exit('what a pity')", 1),
     "exit none": ("import sys; sys.exit()", 0),
     "os exit": ("import os; os._exit(7)", 7),
-    "exception": ("def f():\n  raise ValueError('no')\ntry:\n  f()\nexcept ValueError as e:\n  raise KeyError(1) from e", 1),
+    "exception": (
+        "def f():\n  raise ValueError('no')\ntry:\n  f()\nexcept ValueError as e:\n  raise KeyError(1) from e",
+        1,
+    ),
     "group": ("raise ExceptionGroup('several', [ValueError(1), TypeError(2)])", 1),
     "syntax": ("x = = 2", 1),
     "import": ("import no_such_module_anywhere", 1),
@@ -226,7 +248,9 @@ def test_killed_run_is_readable(tmp_path, write):
 
 def test_record_is_private_and_holds_no_secrets(tmp_path, train):
     runs = tmp_path / "runs"
-    ended = upshift("run", "--runs", str(runs), "train.py", cwd=tmp_path, WANDB_API_KEY="s3cr3t-value", HF_TOKEN="t0ken")
+    ended = upshift(
+        "run", "--runs", str(runs), "train.py", cwd=tmp_path, WANDB_API_KEY="s3cr3t-value", HF_TOKEN="t0ken"
+    )
     assert ended.code == 0, ended.err
     (folder,) = runs.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -20,7 +20,9 @@ from upshift.measure.steps import (
 def record(number=0, total=10.0, **more):
     zero = dict.fromkeys(StepRecord._fields, 0.0)
     whole = dict.fromkeys(("nograd_calls", "batches", "epochs", "calls"), 0)
-    return StepRecord(**{**zero, **whole, "number": number, "at": total * (number + 1), "total": total, "losses": (), **more})
+    return StepRecord(
+        **{**zero, **whole, "number": number, "at": total * (number + 1), "total": total, "losses": (), **more}
+    )
 
 
 def test_losses_as_floats():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ def plan(**more):
 FULL = plan(
     speedup=1.5, low=1.4, high=1.6, pairs=12, break_even_steps=3.0, one_off_seconds=0.5, step_seconds=0.01,
     proof=Proof(rung="trajectory", passed=True, reason="r", steps=9, lag=0.001, stock_losses=(1.0,), weaker="",
-                updates=(UpdateCheck(step=1, cosine=1.0, norm_ratio=1.0, relative_error=0.0, noise=None, passed=True),)),
+                updates=(UpdateCheck(step=1, cosine=1.0, norm_ratio=1.0, relative_error=0.0, noise=None),)),
     kept=(Kept(name="threads", settings={"count": 2, "on": True, "x": 0.5, "s": "t"}, speedup=1.5, low=1.4),),
     rejected=(Rejected(name="bf16", reason='a "quoted"\nline \\ é', settings={"a": 1}),),
 )  # fmt: skip
@@ -50,7 +49,9 @@ def without_curves(value):
 
     if value.proof is None:
         return value
-    return msgspec.structs.replace(value, proof=msgspec.structs.replace(value.proof, stock_losses=(), planned_losses=()))
+    return msgspec.structs.replace(
+        value, proof=msgspec.structs.replace(value.proof, stock_losses=(), planned_losses=())
+    )
 
 
 @given(value=plans)

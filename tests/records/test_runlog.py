@@ -150,8 +150,8 @@ def test_descriptor_closed_by_the_script_is_never_written_again(tmp_path):
     assert log.broken and fold(tmp_path / "run").steps == 0
 
 
-sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2**20), st.one_of(st.none(), st.integers(-9, 9))), min_size=1,
-                 max_size=60)  # fmt: skip
+losses = st.one_of(st.none(), st.integers(-9, 9))
+sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2**20), losses), min_size=1, max_size=60)
 
 
 @given(sizes=sizes, most=st.integers(1, 12))

@@ -92,7 +92,8 @@ class FakeChild:
             if self.spec.options.get("updates") and index + 1 in (1, 2, 3, 10, 11):
                 self._update(index + 1, names)
         return {
-            "seconds": seconds, "data": data, "epochs": epochs, "first": first, "optimizers": 1, "problems": {},
+            "seconds": seconds, "data": data, "optimizer": [0.0] * n, "epochs": epochs, "first": first, "optimizers": 1,
+            "problems": {},
             "effects": self._effects(),
             "losses": [[self.world.loss(i, names)] for i in range(first, first + n)],
         }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from fake_runner import FakeRunner, World
 
@@ -228,3 +229,14 @@ def test_two_copies_that_do_not_fit_are_not_started(world: World) -> None:
     assert not outcome.kept
     assert any("do not fit in memory" in trial.reason for trial in outcome.trials)
     assert world.killed == len(world.started)
+
+
+def test_a_data_technique_is_not_credited_with_more_than_the_waiting(world: World) -> None:
+    # The candidate's process is faster for a reason of its own; waiting for data is 1 % of the step.
+    world.factor["data-only"] = 0.8
+    technique = make_technique("data-only", live=False, numerics=Numerics.BITWISE)
+    card = msgspec.structs.replace(type(technique).card, targets=("data",))
+    type(technique).card = card
+    outcome = search(world, technique)
+    assert not outcome.kept
+    assert "held to" in next(trial.pairing.method for trial in outcome.trials if trial.pairing is not None)

@@ -15,7 +15,7 @@ from upshift.cli import show
 @click.option("--allow-stale", is_flag=True, help="Use the plan although script, device or versions have changed.")
 @click.option(
     "--require",
-    type=click.Choice(["none", "update", "trajectory", "metric"]),
+    type=click.Choice(["none", "update", "trajectory"]),
     help="The least rung of the proof a plan must have reached.  [default: trajectory, or update where labelled]",
 )
 @click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=Path(".upshift/runs"),

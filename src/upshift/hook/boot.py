@@ -23,7 +23,6 @@ from upshift.hook.watch import Watch
 from upshift.sites import ProcessStart, Stage
 from upshift.sites.runner import ChildSpec
 
-
 #: Environment variable with what came of techniques that only change the environment (JSON: name -> why no effect).
 OUTSIDE = "UPSHIFT_OUTSIDE"
 

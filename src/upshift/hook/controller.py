@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,7 +51,8 @@ def stand_still() -> NoReturn:
     Unwinding would run `finally` and bare `except` blocks, and a script that trains in a thread has a main thread.
     Whoever continues the process ends it.
     """
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # To this thread, so that it does not return from the call before the process stops.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     os._exit(0)
 
 

@@ -136,6 +136,8 @@ def run_module(name: str, arguments: tuple[str, ...]) -> None:
     except ValueError:
         raise UsageError(f"{asked!r} is not the name of a module.", remedy="Check the name given to -m.") from None
     if spec is None:
+        if name != asked:
+            raise UsageError(f"{asked} is a package without a __main__.", remedy="Name a module inside it.")
         raise UsageError(f"no module named {name}.", remedy="Check the name given to -m.")
     loader = getattr(spec, "loader", None)
     code = loader.get_code(name) if loader is not None and hasattr(loader, "get_code") else None

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -48,7 +49,7 @@ class TrialController(Controller):
         self.compare: _Compare | None = None
         self.notes: list[tuple[str, str, str]] = []
         self.snapshots: Snapshots | None = None
-        self.dropout = Patches()
+        self.dropout_on: Callable[[], None] = lambda: None
 
     def torch_ready(self, torch: ModuleType) -> None:
         """Prepare snapshots of the updates, and switch dropout off for them."""
@@ -56,7 +57,7 @@ class TrialController(Controller):
         if self.spec.options.get("updates"):
             self.snapshots = Snapshots(self.watch, self.spec.record, UPDATE_STEPS)
             self.snapshots.install()
-            dropout_off(self.torch, self.dropout)
+            self.dropout_on = dropout_off(self.torch)
 
     def say(self, kind: str, name: str, text: str) -> None:
         """Tell the parent at once: a technique that fails must not be measured."""
@@ -72,7 +73,7 @@ class TrialController(Controller):
         if self.snapshots is not None:
             self.snapshots.after_step(record.number + 1)
             if record.number + 1 == DROPOUT_OFF:
-                self.dropout.close()
+                self.dropout_on()
         self.records.append(record)
         if len(self.records) > 4096:
             del self.records[:2048]
@@ -156,6 +157,7 @@ class TrialController(Controller):
         return {
             "seconds": [training_seconds(item, apart) for item in records],
             "data": [item.data for item in records],
+            "optimizer": [item.optimizer for item in records],
             "epochs": [item.epochs for item in records],
             "losses": [list(loss_values(item)) for item in records],
             "backwards": [len(item.losses) for item in records],
@@ -277,12 +279,21 @@ class _Compare:
         }
 
 
-def dropout_off(torch: Any, patches: Patches) -> None:
-    """Make dropout the identity, so that the updates of two arms can be compared (masks depend on the layout)."""
-    functional = torch.nn.functional
+def dropout_off(torch: Any) -> Callable[[], None]:
+    """Make dropout the identity, so that the updates of two arms can be compared (masks depend on the layout).
 
-    def identity(input: Any, *args: Any, **kwargs: Any) -> Any:
-        return input
+    Returns what switches it on again.
+    """
+    patches = Patches()
+    functional = torch.nn.functional
+    state = {"off": True}
+
+    def switched(original: Any) -> Any:
+        # A script may keep the function under a name of its own: it must be itself again later.
+        def maybe(input: Any, *args: Any, **kwargs: Any) -> Any:
+            return input if state["off"] else original(input, *args, **kwargs)
+
+        return maybe
 
     for name in (
         "dropout",
@@ -293,12 +304,19 @@ def dropout_off(torch: Any, patches: Patches) -> None:
         "feature_alpha_dropout",
     ):
         if hasattr(functional, name):
-            patches.set(functional, name, identity)
+            patches.set(functional, name, switched(getattr(functional, name)))
     attention = functional.scaled_dot_product_attention
 
     def without_dropout(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
     ) -> Any:
-        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+        p = 0.0 if state["off"] else dropout_p
+        return attention(query, key, value, attn_mask, p, *args, **kwargs)
 
     patches.set(functional, "scaled_dot_product_attention", without_dropout)
+
+    def on_again() -> None:
+        state["off"] = False
+        patches.close()
+
+    return on_again

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import threading
 import time
 import weakref
@@ -109,7 +110,6 @@ class Watch:
         self._doubt: _Doubt | None = None
         self._loader_numbers: dict[int, int] = {}
         self._opt_stack: list[tuple[int, float, float]] = []
-        self._nested = 0
         self._withheld: list[tuple[Any, Any]] = []
         self._depth = 0
         self._in_data = False
@@ -538,7 +538,7 @@ class Watch:
                 watch._leave_span()
             key = id(optimizer)
             if watch._opt_stack:
-                watch._drop_left_behind(key)
+                watch._drop_left_behind()
             guards = watch._guards.get(key)
             if guards is None:
                 watch._work_begins(start)
@@ -579,21 +579,20 @@ class Watch:
         self._handles.append(register_optimizer_step_pre_hook(before))
         self._handles.append(register_optimizer_step_post_hook(after))
 
-    def _drop_left_behind(self, key: int) -> None:
-        """A step that raised left its entry behind; it is dropped when the same optimizer steps again."""
-        for place, (other, _, _) in enumerate(self._opt_stack):
-            if other == key:
-                del self._opt_stack[place:]
-                return
+    def _drop_left_behind(self) -> None:
+        """Keep only steps that still run: one that raised has left its entry behind."""
+        running = _running_steps()
+        kept = []
+        for entry in self._opt_stack:
+            if entry[0] in running:
+                running.remove(entry[0])
+                kept.append(entry)
+        self._opt_stack = kept
 
     def _inside(self, key: int) -> None:
         """This optimizer stepped inside the step of another (a wrapper): it ends no step of its own."""
         self._active.pop(key, None)
         self._stepped.discard(key)
-        self._nested += 1
-        if self._nested > FORGET_AFTER:
-            # No step of the outer one has ended for long: it raised, and is not used any more.
-            self._opt_stack.clear()
 
     def _withhold(self, optimizer: Any) -> None:
         """Without gradients a step changes nothing; they are given back after it, since scripts may log them."""
@@ -626,7 +625,6 @@ class Watch:
         """Whether this optimizer step ends a global step: every optimizer in use has stepped since the last."""
         active = self._active
         active[key] = 0
-        self._nested = 0
         if len(active) == 1:
             self._stepped.clear()
             return True
@@ -722,6 +720,20 @@ def _scalar(tensor: Any) -> Any:
         return tensor.item() if tensor.is_cpu else tensor.detach()
     except (RuntimeError, TypeError, NotImplementedError):
         return None  # a fake tensor, or one without storage
+
+
+def _running_steps() -> list[int]:
+    """Ids of the optimizers whose `step` is under way above the one about to begin, read off the call stack."""
+    found = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename.endswith("optimizer.py"):
+            arguments = frame.f_locals.get("args")
+            if isinstance(arguments, tuple) and arguments:
+                found.append(id(arguments[0]))
+        frame = frame.f_back
+    return found[1:]
 
 
 def _wrap(applied: Any, call: Any, module: Any) -> Any:

@@ -37,7 +37,7 @@ FLOOR = 1e-3
 
 
 class Block(NamedTuple):
-    """One to three steps of one arm: `A` the reference, `B` the candidate; `seconds` is their mean step time."""
+    """a few steps of one arm: `A` the reference, `B` the candidate; `seconds` is their mean step time."""
 
     arm: str
     seconds: float

@@ -15,7 +15,7 @@ from upshift.records.planfile import settings_digest
 
 #: Arguments that change how long or where a script runs, not the shape of a step.
 _HARMLESS = re.compile(
-    r"^-{0,2}((n[-_]?)?(num[-_]?)?(epochs?|max[-_]?(iters?|steps|epochs)|steps|iters|iterations)|seed|resume|name|device|"
+    r"^-{0,2}((n[-_]?)?(num[-_]?)?(epochs?|max[-_]?(iters?|steps|epochs)|steps|iters|iterations)|seed|resume|name|"
     r"(log|save|print|eval|ckpt|checkpoint)s?[-_]?(every|interval|freq|frequency|steps|iters|dir|path|file|folder|name|to)|"
     r"log[-_]level|save|ckpt|checkpoint|out|outf|output|out(put)?[-_]?(dir|path|file|folder|name)|"
     r"dry[-_]run|run[-_]?name|wandb[-_]?\w*)$",

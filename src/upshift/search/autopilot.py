@@ -27,6 +27,9 @@ LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 
 #: From the least to the most that can go wrong; what fails a proof is dropped from the end of this order first.
 _RISK = {Numerics.BITWISE: 0, Numerics.ROUNDING: 1, Numerics.RESEEDS: 2, Numerics.CHANGES_TRAINING: 3}
 
+#: Why a trial is not made although time is left.
+KEPT = "what is left of the budget is kept for the confirmation; a larger --budget buys this trial"
+
 #: Precisions from fine to coarse.
 _COARSE = ("optimizer", "float32", "bfloat16")
 
@@ -73,6 +76,7 @@ class Autopilot:
         say: Callable[[str], None],
         on_trial: Callable[[Trial], None] = lambda trial: None,
         earlier: tuple[Trial, ...] = (),
+        predicted: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +84,7 @@ class Autopilot:
             seen: the diagnosis.
             say: told what is going on, for the progress line.
             on_trial: told of every trial as it ends.
+            predicted: technique -> speed-up the diagnosis predicts; orders the trials.
             earlier: trials of an interrupted search of the same script, not to be repeated.
         """
         self.runner = runner
@@ -92,6 +97,7 @@ class Autopilot:
         self.earlier = {
             (trial.name, str(sorted(trial.reference))): trial for trial in earlier if trial.stage == "screen"
         }
+        self.predicted = dict(predicted or {})
         self.trials: list[Trial] = []
         self.began = time.monotonic()
         self.step = max(seen.anatomy.step.or_else(0.05), 1e-4)
@@ -168,6 +174,7 @@ class Autopilot:
             only=options.only,
             leave_out=options.leave_out,
             untested=options.untested,
+            predicted=self.predicted,
         )
 
     # -- the search ----------------------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ class Autopilot:
             for candidate in found:
                 cost = each + self.startup / len(found)
                 if self._left() - cost < self._reserve():
-                    self._skipped(candidate, "the budget is used up; --budget buys more", screen.on)
+                    self._skipped(candidate, KEPT, screen.on)
                     continue
                 self._try(candidate, screen.on, each, cost, screen.tried)
         finally:
@@ -237,7 +244,7 @@ class Autopilot:
                         continue
                     cost += epoch
                 if self._left() - cost < self._reserve():
-                    self._skipped(candidate, "the budget is used up; --budget buys more", screen.base)
+                    self._skipped(candidate, KEPT, screen.base)
                     continue
                 self._try(candidate, screen.base, each, cost, screen.tried)
         finally:
@@ -301,6 +308,7 @@ class Autopilot:
                     steps_per_epoch=self.steps_per_epoch,
                     fills=any(self.techniques[name].card.one_off and "data" in self.techniques[name].card.targets
                               for name in plan),
+                    targets=frozenset(phase for name in plan for phase in self.techniques[name].card.targets),
                     say=self.say,
                     attribute_seconds=min(self.options.budget * ATTRIBUTION_SHARE, max(self._left(), 8.0)),
                 )  # fmt: skip

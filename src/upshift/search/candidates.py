@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from upshift.records import Measurement, Trial
 from upshift.records.plan import Setting
@@ -19,6 +19,8 @@ class Candidate(Record, frozen=True):
     live: bool
     gain: float
     reason: str
+    targets: frozenset[str] = frozenset()
+    """Phases it acts on."""
     fills: bool = False
     """Reaches its steady state only after an epoch (a cache of the data)."""
 
@@ -36,8 +38,14 @@ def candidates(
     only: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     untested: bool = False,
+    predicted: Mapping[str, float] | None = None,
 ) -> tuple[list[Candidate], list[Trial]]:
-    """The candidates, the most promising first, and a trial record for every technique that is not one."""
+    """The candidates, the most promising first, and a trial record for every technique that is not one.
+
+    Args:
+        predicted: technique -> speed-up a finding of the diagnosis predicts, where that is more than its own check.
+    """
+    predicted = predicted or {}
     found: list[Candidate] = []
     refused: list[Trial] = []
     for technique in techniques:
@@ -65,8 +73,9 @@ def candidates(
                     name=card.name,
                     settings=dict(settings),
                     live=card.switchable == "live",
-                    gain=verdict.gain if verdict.gain is not None else 1.0,
+                    gain=max(verdict.gain or 1.0, predicted.get(card.name, 1.0)),
                     reason=verdict.reason,
+                    targets=frozenset(card.targets),
                     fills=card.one_off and "data" in card.targets,
                 )
             )

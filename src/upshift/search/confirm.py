@@ -20,7 +20,7 @@ from upshift.records import Pairing, Proof
 from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
-from upshift.search.screening import compare_live, one_off_seconds, with_epochs
+from upshift.search.screening import compare_live, one_off_seconds, with_epochs, within_reach
 from upshift.search.updates import Precision, check_updates
 from upshift.sites import Numerics
 
@@ -92,6 +92,7 @@ def confirm(
     has_dropout: bool,
     steps_per_epoch: float | None,
     fills: bool,
+    targets: frozenset[str],
     say: Callable[[str], None],
     attribute_seconds: float = 0.0,
 ) -> Confirmation:
@@ -101,6 +102,7 @@ def confirm(
         numerics: the weakest kind among the techniques of the plan.
         precision: the coarsest among the techniques of the plan: what the updates may differ by.
         live: technique -> whether it can be switched off alone, for leave-one-out attribution.
+        targets: phases the techniques of the plan act on.
         fills: whether the plan holds a technique that needs an epoch to reach its steady state.
 
     Raises:
@@ -132,6 +134,7 @@ def confirm(
                     say(f"confirmation: {len(sequential.quads)} quads, {elapsed:.0f} of {seconds:.0f} s")
 
                 decision, pairing = duel.fight(seconds, on_quad=shown, decide=False)
+                ended = duel.ended
             else:
                 one_off = 0.0
         except Ended:
@@ -140,7 +143,7 @@ def confirm(
             checks = checks or check_all(a.child.record, b.child.record, numerics, precision)
             one_off = one_off_seconds(a, b)
         if pairing is not None:
-            pairing = with_epochs(pairing, a, b, steps_per_epoch)
+            pairing = within_reach(with_epochs(pairing, a, b, steps_per_epoch), a, targets)
             if decision == "faster" and pairing.low <= 1.01:
                 decision = "no change"
         proof = judge(duel, a, b, numerics=numerics, checks=checks, paired=paired, has_dropout=has_dropout, ended=ended)

@@ -48,6 +48,7 @@ class Arm:
     losses: dict[int, list[float]] = field(default_factory=dict)
     epoch_starts: list[tuple[int, float]] = field(default_factory=list)
     data: dict[int, float] = field(default_factory=dict)
+    optimizer: dict[int, float] = field(default_factory=dict)
     startup: float = 0.0
     optimizers: int = 1
     ended: bool = False
@@ -78,6 +79,7 @@ class Arm:
             self.seconds[index] = value
             self.losses[index] = [float(item) for item in message["losses"][offset]]
             self.data[index] = float(message["data"][offset])
+            self.optimizer[index] = float(message["optimizer"][offset])
             if message["epochs"][offset]:
                 self.epoch_starts.append((index, self.data[index]))
         return seconds
@@ -116,6 +118,8 @@ class Duel:
         self.patience = patience if patience is not None else timeout
         self.random = random.Random(seed)
         self.arms: list[Arm] = []
+        self.ended = False
+        """The script came to its end while the arms alternated; what was seen before stands."""
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -261,9 +265,15 @@ class Duel:
         while True:
             order = (0, 1, 1, 0) if self.random.random() < 0.5 else (1, 0, 0, 1)
             sums = [0.0, 0.0]
-            for number in order:
-                times = self.go(self.arms[number], steps)[ignored:]
-                sums[number] += math.fsum(times) / max(len(times), 1)
+            try:
+                for number in order:
+                    times = self.go(self.arms[number], steps)[ignored:]
+                    sums[number] += math.fsum(times) / max(len(times), 1)
+            except Ended:
+                if len(sequential.quads) < 4:
+                    raise
+                self.ended = True
+                break
             elapsed = time.monotonic() - began
             if min(sums) > 0:
                 value = math.log(sums[0] / sums[1])

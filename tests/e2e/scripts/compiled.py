@@ -27,12 +27,12 @@ def loss_of(x, y):
 
 
 optimizer = torch.optim.Adam([*model.parameters(), *whole.parameters()])
-for step in range(4):
+for _ in range(4):
     x, y = torch.randn(5, 6), torch.randn(5, 1)
     loss = nn.functional.mse_loss(compiled(x), y) + loss_of(x, y) + whole(x).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     print(repr(loss.item()))
-print([key for key in compiled.state_dict()][:1], torch._dynamo.utils.counters["stats"])
+print(list(compiled.state_dict())[:1], torch._dynamo.utils.counters["stats"])
 print(dict(torch._dynamo.utils.counters["graph_break"]))

@@ -6,10 +6,9 @@ import sys
 import torch
 
 
-
 steps = 3
 width = 4
-exec(open(os.path.join(os.path.dirname(__file__), "configurator.py")).read())
+exec(open(os.path.join(os.path.dirname(__file__), "configurator.py")).read())  # noqa: SIM115
 config = {key: value for key, value in globals().items() if type(value) is int}
 print(config, __name__, __package__, __spec__.name, os.path.relpath(__file__), sys.path[0] == os.getcwd())
 print([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -1,0 +1,170 @@
+"""What `upshift run` costs on top of `python`: per step, and at the start.
+
+    python benchmarks/overhead.py [--quads 60]
+
+Per step: in one process, a training alternates in ABBA blocks between plain torch and torch under the hook of `run`
+(no techniques), so that both arms see the same drift of the machine. A block is about 50 ms; patching and three warm-up
+steps stand outside its clock. Reported is the median over quads of the difference, with the quartiles.
+Start: whole processes in ABBA order, of a script that only imports torch. One thread each.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from upshift.hook.guarded import RunController
+from upshift.hook.watch import Watch
+from upshift.sites import Stage
+from upshift.sites.runner import ChildSpec
+
+
+def mlp(width: int, depth: int, batch: int) -> Callable[[int], None]:
+    """A training of an MLP with a loader, a criterion module and AdamW; the function makes n steps."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    criterion = nn.MSELoss()
+    rows = TensorDataset(torch.randn(batch, width), torch.randn(batch, 1))
+    loader = DataLoader(rows, batch_size=None, sampler=[slice(None)] * 50)
+
+    def batches() -> Iterator[list[torch.Tensor]]:
+        while True:
+            yield from loader
+
+    def steps(n: int) -> None:
+        for (x, y), _ in zip(batches(), range(n), strict=False):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+
+    return steps
+
+
+class Hooked:
+    """torch under the hook of `run`, while in context."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        controller = RunController(ChildSpec(mode="run", target="train.py", record=str(self.folder)))
+        controller.quiet = True
+        self.watch = Watch(Stage([], controller.say), controller.on_step, rescue=controller.rescue)
+        controller.attach(self.watch.stage, self.watch)
+        self.controller = controller
+        self.watch.install(torch)
+
+    def __exit__(self, *error: object) -> None:
+        self.watch.close()
+        self.controller.log.close()
+
+
+def per_step(steps: Callable[[int], None], quads: int, folder: Path) -> tuple[float, list[float]]:
+    """Median seconds of a plain step, and the difference hooked - plain per step of every quad."""
+    steps(20)
+    start = time.perf_counter()
+    steps(20)
+    n = max(int(0.05 / ((time.perf_counter() - start) / 20)), 5)
+
+    def block(hooked: bool) -> float:
+        def timed() -> float:
+            steps(3)
+            start = time.perf_counter()
+            steps(n)
+            return (time.perf_counter() - start) / n
+
+        if not hooked:
+            return timed()
+        with Hooked(folder):
+            return timed()
+
+    plain, differences = [], []
+    for quad in range(quads):
+        order = (False, True, True, False) if quad % 2 else (True, False, False, True)
+        found = [(hooked, block(hooked)) for hooked in order]
+        a = [seconds for hooked, seconds in found if not hooked]
+        b = [seconds for hooked, seconds in found if hooked]
+        plain.append(min(a))
+        differences.append((sum(b) - sum(a)) / 2)
+    return statistics.median(plain), differences
+
+
+def start_up(pairs: int, folder: Path) -> list[float]:
+    """Seconds that `upshift run` takes longer than `python`, one figure a pair."""
+    script = folder / "train.py"
+    script.write_text("import torch\n")
+    upshift = str(Path(sys.executable).with_name("upshift"))
+    commands = ([sys.executable, str(script)], [upshift, "run", "-q", "--runs", str(folder / "runs"), str(script)])
+
+    def timed(command: list[str]) -> float:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    for command in commands:
+        timed(command)
+    found = []
+    for pair in range(pairs):
+        order = (0, 1) if pair % 2 else (1, 0)
+        seconds = {arm: timed(commands[arm]) for arm in order}
+        found.append(seconds[1] - seconds[0])
+    return found
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return low, middle, high
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quads", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=8, help="process pairs for the start-up; 0 leaves it out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, 1 thread, "
+          f"{options.quads} quads")  # fmt: skip
+    print(f"{'training':<28}{'plain step':>12}{'hook adds':>12}{'quartiles':>20}{'share':>9}")
+    sizes = (
+        ("MLP 64 x 2, batch 32", 64, 2, 32),
+        ("MLP 128 x 4, batch 64", 128, 4, 64),
+        ("MLP 256 x 8, batch 128", 256, 8, 128),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for label, *size in sizes:
+            plain, differences = per_step(mlp(*size), options.quads, folder / "run")
+            low, middle, high = quartiles(differences)
+            print(
+                f"{label:<28}{plain * 1e6:>9.0f} us{middle * 1e6:>9.1f} us"
+                f"{f'{low * 1e6:.1f} .. {high * 1e6:.1f} us':>20}{middle / plain:>9.2%}"
+            )
+        if options.pairs:
+            low, middle, high = quartiles(start_up(options.pairs, folder))
+            print(f"start-up: {middle:+.3f} s ({low:+.3f} .. {high:+.3f}, {options.pairs} pairs)")
+
+
+if __name__ == "__main__":
+    main()
