@@ -95,7 +95,7 @@ def whole(row: dict) -> float | None:
 def table(rows: list[dict]) -> str:
     """The rows as markdown."""
     lines = [
-        "| script | plan | proof | stock step | faster (99 % bounds) | quads | one-off | search | whole run with search |",
+        "| script | plan | proof | stock step | faster (99 % bounds) | quads | one-off | search | run with search |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -44,9 +44,7 @@ class Block(nn.Module):
     def attend(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x):
@@ -103,9 +101,7 @@ def estimate_loss(model, splits, args):
     model.eval()
     losses = {}
     for name, data in splits.items():
-        batches = (
-            get_batch(data, args.block_size, args.batch_size, args.device) for _ in range(args.eval_batches)
-        )
+        batches = (get_batch(data, args.block_size, args.batch_size, args.device) for _ in range(args.eval_batches))
         losses[name] = sum(model(x, y)[1].item() for x, y in batches) / args.eval_batches
     model.train()
     return losses

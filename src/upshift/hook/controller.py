@@ -22,6 +22,8 @@ class Controller:
     watch: Watch
     #: Called with the loss of every backward call; None keeps the hot path free of it.
     on_loss: Any = None
+    #: Seconds of steps to sum before `on_step` is called; 0 for every step on its own.
+    window: float = 0.0
 
     def attach(self, stage: Stage, watch: Watch) -> None:
         """Hand over what is controlled, before the script starts."""

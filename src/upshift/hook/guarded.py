@@ -28,6 +28,8 @@ LATE = 32
 class RunController(Controller):
     """Records a run; takes the techniques off when the loss is no longer finite or a technique raises."""
 
+    window = WINDOW
+
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
         self.quiet = bool(spec.options.get("quiet"))
@@ -36,12 +38,6 @@ class RunController(Controller):
         self.guarding = bool(spec.plan)
         self.plan = dict(spec.plan)
         self.problem_seen: set[str] = set()
-        self.window_from = 0
-        self.n = 0
-        self.until = 0.0
-        self.sums = [0.0] * (len(TIMED) + 3)
-        self.loss_sum = 0.0
-        self.loss_n = 0
         self.last_loss: float | None = None
         self.late: list[Any] = []
         self.torch: Any = None
@@ -72,45 +68,37 @@ class RunController(Controller):
         self._print(f"{kind} {name}: {text}")
 
     def on_step(self, record: StepRecord) -> None:
-        """Add the step to the current window."""
-        self.steps += 1
-        self.n += 1
-        sums = self.sums
-        sums[0] += record.total - record.nograd - record.checkpoint
-        sums[1] += record.nograd
-        sums[2] += record.checkpoint
-        sums[3] += record.data
-        sums[4] += record.h2d
-        sums[5] += record.forward
-        sums[6] += record.loss
-        sums[7] += record.backward
-        sums[8] += record.optimizer
-        sums[9] += record.sync
-        losses = record.losses
+        """Write a window of steps to the log."""
+        self.steps += record.steps
+        losses = [item for item in record.losses if type(item) is float]
+        if len(losses) < len(record.losses):
+            losses += self._read_late([item for item in record.losses if type(item) is not float])
         if losses:
-            if type(losses[0]) is float:
-                # A mean over micro-batches, or over several networks.
-                loss = self.last_loss = losses[0] if len(losses) == 1 else _mean(losses)
-                self.loss_sum += loss
-                self.loss_n += 1
-            else:
-                self._read_late(losses[0])
-        if record.at >= self.until:
-            self.until = record.at + WINDOW
-            self._flush(record.at)
+            self.last_loss = losses[-1]
+        self._tell_problems()
+        self.log.append(
+            "steps",
+            first=self.steps - record.steps,
+            n=record.steps,
+            at=record.at,
+            seconds=record.total,
+            phases={name: getattr(record, name) for name in TIMED},
+            loss=_finite(math.fsum(losses) / len(losses)) if losses else None,
+            last_loss=_finite(self.last_loss),
+            evaluation=record.nograd,
+            checkpoint=record.checkpoint,
+        )
 
-    def _read_late(self, loss: Any) -> None:
-        """Read losses of an accelerator in batches, long after they were computed."""
-        self.late.append(loss)
-        if len(self.late) < 2 * LATE:
-            return
-        values = self.torch.stack([item.float().reshape(()) for item in self.late[:LATE]]).tolist()
-        del self.late[:LATE]
-        self.last_loss = values[-1]
-        self.loss_sum += math.fsum(values)
-        self.loss_n += len(values)
+    def _read_late(self, losses: list[Any]) -> list[float]:
+        """Losses of an accelerator, long after they were computed: the last `LATE` wait for the next window."""
+        self.late += losses
+        ready, self.late = self.late[:-LATE], self.late[-LATE:]
+        if not ready:
+            return []
+        values: list[float] = self.torch.stack([item.float().reshape(()) for item in ready]).tolist()
         if self.guarding and not all(map(math.isfinite, values)):
             self._come_off("the loss is not finite", ())
+        return values
 
     def _check_loss(self, loss: Any) -> bool:
         """Whether this update must be skipped: the loss is not finite while techniques are on."""
@@ -128,8 +116,9 @@ class RunController(Controller):
             self.guarding = False
             self.on_loss = None
             self.watch.on_loss = None
-        self._event("guard", f"step {self.steps + 1}: {reason}; the script's own path goes on")
-        self._print(f"guard: step {self.steps + 1}: {reason}; the techniques came off, training goes on without them")
+        step = self.watch.index + 1
+        self._event("guard", f"step {step}: {reason}; the script's own path goes on")
+        self._print(f"guard: step {step}: {reason}; the techniques came off, training goes on without them")
 
     def rescue(self, module: Any, names: tuple[str, ...], error: Exception) -> None:
         """A technique raised, or the script did inside it: once more without the techniques."""
@@ -138,8 +127,7 @@ class RunController(Controller):
     def finish(self, error: BaseException | None) -> None:
         """Close the record and say in one line what was seen."""
         elapsed = time.perf_counter() - self.began
-        if self.n:
-            self._flush(time.perf_counter() - self.watch.born)
+        self.watch.flush()
         for name, reason in self.stage.effects().items():
             if reason:
                 self._event("no effect", f"{name}: {reason}")
@@ -155,29 +143,12 @@ class RunController(Controller):
             self._print(f"no training step was seen; record: {self.spec.record}")
         self.log.close()
 
-    def _flush(self, at: float) -> None:
+    def _tell_problems(self) -> None:
         for name, text in self.stage.problems().items():
             if name not in self.problem_seen:
                 self.problem_seen.add(name)
                 self._event("guard", f"{name}: {text}")
                 self._print(f"guard: {name}: {text}")
-        phases = {name: self.sums[3 + i] for i, name in enumerate(TIMED)}
-        self.log.append(
-            "steps",
-            first=self.window_from,
-            n=self.n,
-            at=at,
-            seconds=self.sums[0],
-            phases=phases,
-            loss=_finite(self.loss_sum / self.loss_n) if self.loss_n else None,
-            last_loss=_finite(self.last_loss),
-            evaluation=self.sums[1],
-            checkpoint=self.sums[2],
-        )
-        self.window_from += self.n
-        self.n = 0
-        self.sums = [0.0] * len(self.sums)
-        self.loss_sum, self.loss_n = 0.0, 0
 
     def _event(self, kind: str, text: str) -> None:
         self.log.append(kind, at=time.perf_counter() - self.began, text=text)
@@ -189,12 +160,6 @@ class RunController(Controller):
                 sys.stderr.flush()
             except (OSError, ValueError, AttributeError):
                 pass
-
-
-def _mean(losses: tuple[Any, ...]) -> float:
-    """Mean of the losses read on the CPU; a script may mix devices."""
-    values = [item for item in losses if type(item) is float]
-    return sum(values) / len(values)
 
 
 def _finite(value: float | None) -> float | None:

@@ -16,6 +16,7 @@ from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.horizon import Horizon
 from upshift.hook.overhead import watching_cost
 from upshift.hook.patch import Patches
+from upshift.hook.syncs import Syncs
 from upshift.measure.anatomy import anatomy
 from upshift.measure.facts import loader_facts, model_facts, optimizer_facts, process_facts
 from upshift.measure.flops import StepCounter
@@ -47,6 +48,7 @@ class DiagnoseController(Controller):
         self.counter: StepCounter | None = None
         self.count: Any = None
         self.sampler: HostSampler | None = None
+        self.syncs: Syncs | None = None
         self.horizon = Horizon()
         self.horizon.install()
         self.patches = Patches()
@@ -143,6 +145,18 @@ class DiagnoseController(Controller):
 
         self.sampler = HostSampler(self.watch.thread, is_user_file, hz=100)
         self.sampler.start()
+        if self._on_device():
+            self.syncs = Syncs(self.watch, is_user_file)
+            self.syncs.install(self.torch)
+
+    def _on_device(self) -> bool:
+        """Whether a model lies on an accelerator (asked of its parameters: asking the driver could upset forks)."""
+        for reference in self.watch.models:
+            module = reference()
+            parameter = next(iter(module.parameters()), None) if module is not None else None
+            if parameter is not None and parameter.device.type != "cpu":
+                return True
+        return False
 
     def _enough(self, elapsed: float) -> bool:
         n = len(self.records)
@@ -243,13 +257,19 @@ class DiagnoseController(Controller):
             anatomy=found,
             facts=facts,
             lines=lines,
-            syncs_note="not applicable on CPU" if facts.device == "cpu" else "not measured in this version",
+            syncs=self.syncs.lines(max(len(self.records) - 1, 1), found.step.or_else(0.0)) if self.syncs else (),
+            syncs_note="not applicable on CPU" if facts.device == "cpu" else "host time blocked in calls that wait",
             overhead=overhead,
             notes=self._notes(),
         )
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
+        if self.syncs is not None:
+            notes.append(
+                "phases are host times: kernels run behind them, so waiting shows in device syncs; event timings "
+                "come in a later version, and nothing here was tested on CUDA"
+            )
         if self.watch.grad_only and not self.watch.loss_seen:
             notes.append("the script uses torch.autograd.grad only: its loss is not seen, so nothing can be proven")
         if len(self.watch.optimizers) > 1:

@@ -26,8 +26,10 @@ def watching_cost(watch: Watch, torch: Any, records: Sequence[StepRecord]) -> fl
 
     module = Empty()
     original = module._wrapped_call_impl
-    state = {name: getattr(watch, name) for name in ("forward", "accounted", "calls", "inner", "events")}
-    events = watch.events
+    state = {name: getattr(watch, name) for name in ("forward", "accounted", "calls", "inner")}
+    # Root calls, backward passes, batches and optimizer steps, each about as costly as a root call.
+    optimizers = max(len(watch.optimizers), 1)
+    events = sum(r.calls + r.nograd_calls + len(r.losses) + r.batches + optimizers for r in records)
 
     def timed(call: Any) -> float:
         start = time.perf_counter()

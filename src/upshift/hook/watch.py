@@ -63,11 +63,14 @@ class Watch:
         on_loss: Callable[[Any], bool] | None = None,
         scratch: str = "",
         main_guard: bool = False,
+        window: float = 0.0,
     ) -> None:
         """
         Args:
             stage: the techniques.
             on_step: called at the end of every global step; its own time is in no step.
+            window: with more than 0, `on_step` is called after so many seconds only, with the sums of the steps
+                since; what is left at the end comes with `flush`.
             rescue: called when a technique raised around a forward call or before an optimizer step; returns to let
                 the original path go on, or raises.
             on_loss: called with the scalar a backward call starts from (a float on the CPU, a detached tensor
@@ -79,6 +82,7 @@ class Watch:
         self.on_loss = on_loss
         self.scratch = scratch
         self.main_guard = main_guard
+        self.window = window
         self.patches = Patches()
         self.pid = os.getpid()
         self.thread = threading.main_thread().ident or 0
@@ -96,16 +100,16 @@ class Watch:
         self.waits: dict[int, list[float]] = {}
         self.optimizers: list[weakref.ref[Any]] = []
         self.closures: set[int] = set()
-        self.events = 0
         self._handles: list[Any] = []
         self._around: dict[int, tuple[tuple[tuple[str, Any], ...], bool]] = {}
         self._guards: dict[int, tuple[tuple[str, Any], ...]] = {}
         self._alive: dict[int, Any] = {}
         self._active: dict[int, int] = {}
         self._stepped: set[int] = set()
-        self._iterators: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+        self._iterators: dict[int, tuple[int, Any, Any]] = {}
         self._evaluation_loaders: set[int] = set()
         self._last_loader = 0
+        self._until = self._last_boundary = 0.0
         self._fetch: tuple[int, float, float] | None = None
         self._doubt: _Doubt | None = None
         self._loader_numbers: dict[int, int] = {}
@@ -131,6 +135,7 @@ class Watch:
         self.span_start = 0.0
         self.span_end = 0.0
         self.span_modules: set[int] = set()
+        self.steps = 0
 
     # -- installing ---------------------------------------------------------------------------------------------
 
@@ -195,15 +200,19 @@ class Watch:
                 found = watch._first_call(module, args, kwargs)
             around, trains = found
             if not trains:
-                return watch._call_criterion(original, module, args, kwargs)
+                if watch.span_start:
+                    return watch._call_criterion(original, module, args, kwargs)
+                return original(module, *args, **kwargs)
             watch._depth = 1
             start = now()
             outer, watch.inner = watch.inner, 0.0
             if grad_enabled() and (module.training or id(module) in watch._eval_trains):
                 if watch.span_start:
                     watch._leave_span()
-                watch._fetch = None
-                watch._evaluation_loaders.discard(watch._last_loader)
+                if watch._last_loader:
+                    watch._evaluation_loaders.discard(watch._last_loader)
+                    watch._last_loader = 0
+                    watch._fetch = None
             else:
                 watch._open_span(start, module)
             try:
@@ -214,7 +223,6 @@ class Watch:
                 watch._depth = 0
                 end = now()
                 took = end - start
-                watch.events += 1
                 if watch.span_start:
                     watch.span_end = end
                     watch.nograd_calls += 1
@@ -231,8 +239,6 @@ class Watch:
 
     def _call_criterion(self, original: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """A root module without parameters: only evaluation must go on being evaluation while it runs."""
-        if not self.span_start:
-            return original(module, *args, **kwargs)
         try:
             return original(module, *args, **kwargs)
         finally:
@@ -349,7 +355,14 @@ class Watch:
             if watch._in_backward:
                 return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
             start = now()
-            watch._before_backward(start)
+            if watch.span_start or watch.first_work is None:
+                watch._before_backward(start)
+            if watch.forward_end:
+                gap = start - watch.forward_end - (watch.accounted - watch.gap_mark)
+                watch.loss += gap
+                watch.accounted += gap
+                watch.inner += gap
+                watch.forward_end = 0.0
             value = _start_value(tensors, tensor_type)
             if value is not None:
                 watch.losses.append(value)
@@ -371,7 +384,6 @@ class Watch:
                 watch.backward += alone
                 watch.accounted += alone
                 watch.inner = outer + took
-                watch.events += 1
 
         def grad(*args: Any, **kwargs: Any) -> Any:
             if ident() != watch.thread or watch._in_backward:
@@ -397,18 +409,12 @@ class Watch:
         self.patches.set(torch.autograd, "grad", _like(original_grad, grad))
 
     def _before_backward(self, start: float) -> None:
-        """Close what was open: evaluation, and the time since the end of the model's forward."""
+        """A backward pass ends evaluation."""
         self._work_begins(start)
         if self.span_start:
             # A backward right after a forward in eval mode: these modules are trained in eval mode.
             self._eval_trains |= self.span_modules
             self._leave_span()
-        if self.forward_end:
-            gap = start - self.forward_end - (self.accounted - self.gap_mark)
-            self.loss += gap
-            self.accounted += gap
-            self.inner += gap
-            self.forward_end = 0.0
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -448,16 +454,17 @@ class Watch:
                 iterator = original_iter(loader)
                 # The loader of a `for` loop may have no other owner; one that owns its iterator is not kept by it.
                 kept = None if getattr(loader, "persistent_workers", False) else loader
-                watch._iterators[iterator] = (key, kept)
+                watch._keep_iterator(iterator, key, kept)
                 return iterator
             finally:
                 watch._depth = depth
-                watch._data_done(start, outer, now(), key, grad_enabled(), epoch=True)
+                watch._data_done(start, outer, now(), key, grad_enabled(), 0, 1)
 
         def __next__(iterator: Any) -> Any:
             if watch._in_data or ident() != watch.thread:
                 return original_next(iterator)
-            key = watch._iterators.get(iterator, (0, None))[0]
+            found = watch._iterators.get(id(iterator))
+            key = found[0] if found is not None else 0
             start = now()
             outer, watch.inner = watch.inner, 0.0
             depth, watch._depth = watch._depth, 1
@@ -468,8 +475,7 @@ class Watch:
                 watch._in_data = False
                 watch._depth = depth
                 watch._last_loader = key
-                watch.events += 1
-                watch._data_done(start, outer, now(), key, grad_enabled(), batch=True)
+                watch._data_done(start, outer, now(), key, grad_enabled(), 1, 0)
 
         self.patches.set(loader_class, "__init__", _like(original_init, __init__))
         self.patches.set(loader_class, "__iter__", _like(original_iter, __iter__))
@@ -483,9 +489,15 @@ class Watch:
         number = self._loader_numbers[id(loader)] = len(self.loaders)
         return number
 
-    def _data_done(
-        self, start: float, outer: float, end: float, key: int, grad: bool, *, batch: bool = False, epoch: bool = False
-    ) -> None:
+    def _keep_iterator(self, iterator: Any, number: int, loader: Any) -> None:
+        key = id(iterator)
+
+        def forget(_: Any, table: dict[int, Any] = self._iterators) -> None:
+            table.pop(key, None)
+
+        self._iterators[key] = (number, loader, weakref.ref(iterator, forget))
+
+    def _data_done(self, start: float, outer: float, end: float, key: int, grad: bool, batch: int, epoch: int) -> None:
         took = end - start
         alone = took - self.inner
         self.inner = outer + took
@@ -567,13 +579,17 @@ class Watch:
             watch.optimizer += alone
             watch.accounted += alone
             watch.inner = outer + took
-            watch.events += 1
             if watch._withheld:
                 watch._give_back()
             if stack:
                 watch._inside(key)
             elif watch._is_boundary(key):
-                watch._boundary(end)
+                watch.index += 1
+                watch.steps += 1
+                watch._skip = False
+                watch._last_boundary = end
+                if end >= watch._until:
+                    watch._boundary(end)
 
         self.patches.set(torch.optim.Optimizer, "__init__", _like(original_init, __init__))
         self._handles.append(register_optimizer_step_pre_hook(before))
@@ -626,7 +642,8 @@ class Watch:
         active = self._active
         active[key] = 0
         if len(active) == 1:
-            self._stepped.clear()
+            if self._stepped:
+                self._stepped.clear()
             return True
         self._stepped.add(key)
         for other in list(active):
@@ -639,11 +656,16 @@ class Watch:
         self._stepped.clear()
         return True
 
+    def flush(self) -> None:
+        """Hand over the steps of a window under way."""
+        if self.steps:
+            self._boundary(self._last_boundary)
+
     def _boundary(self, end: float) -> None:
         if self.span_start:
             self._leave_span()
         record = StepRecord(
-            self.index,
+            self.index - 1,
             end - self.born,
             end - self.last,
             self.data,
@@ -660,9 +682,9 @@ class Watch:
             self.epochs,
             self.calls,
             tuple(self.losses),
+            self.steps,
         )
-        self.index += 1
-        self._skip = False
+        self._until = end + self.window
         self._reset()
         try:
             self.on_step(record)
@@ -706,20 +728,20 @@ def _start_value(tensors: Any, tensor_type: Any) -> Any:
     Several scalars count as their sum, which is what is differentiated.
     """
     if isinstance(tensors, tensor_type):
-        return _scalar(tensors)
+        try:
+            value = tensors.item() if tensors.is_cpu else _scalar(tensors)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return None
+        return value if type(value) is float or tensors.is_cpu is False else None
     if not isinstance(tensors, (tuple, list)) or not tensors:
         return None
-    values = [_scalar(item) if isinstance(item, tensor_type) else None for item in tensors]
+    values = [_start_value(item, tensor_type) if isinstance(item, tensor_type) else None for item in tensors]
     return None if any(value is None for value in values) else sum(values)
 
 
 def _scalar(tensor: Any) -> Any:
-    try:
-        if tensor.numel() != 1 or not tensor.is_floating_point():
-            return None
-        return tensor.item() if tensor.is_cpu else tensor.detach()
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None  # a fake tensor, or one without storage
+    """A scalar on a device, without a graph; None if it is none."""
+    return tensor.detach() if tensor.numel() == 1 and tensor.is_floating_point() else None
 
 
 def _running_steps() -> list[int]:

@@ -37,6 +37,8 @@ class StepRecord(NamedTuple):
     epochs: int
     calls: int
     losses: tuple[Any, ...]
+    steps: int = 1
+    """More than one only where a window of steps was summed; `number` is then that of the last."""
 
 
 def loss_values(record: StepRecord, limit: int = 8) -> tuple[float, ...]:
