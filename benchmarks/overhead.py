@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--quads 60]
 
 Per step: in one process, a training alternates in ABBA blocks between plain torch and torch under the hook of `run`
-(no techniques), so that both arms see the same drift of the machine. A block is about 10 ms; patching and three warm-up
+(no techniques), so that both arms see the same drift of the machine. A block is about 20 ms; patching and three warm-up
 steps stand outside its clock, which is the thread's CPU time (everything runs in one thread; being preempted by others
 is not counted). Reported is the median over quads of the difference, with the interval of its 95 % order statistics.
 Start: whole processes in ABBA order, of a script that only imports torch. One thread each.
@@ -51,8 +51,11 @@ def mlp(width: int, depth: int, batch: int) -> Callable[[int], None]:
         while True:
             yield from loader
 
+    source = batches()
+
     def steps(n: int) -> None:
-        for (x, y), _ in zip(batches(), range(n), strict=False):
+        for _ in range(n):
+            x, y = next(source)
             optimizer.zero_grad()
             loss = criterion(model(x), y)
             loss.backward()
@@ -87,7 +90,7 @@ def per_step(steps: Callable[[int], None], quads: int, folder: Path) -> tuple[fl
     steps(20)
     start = time.thread_time()
     steps(20)
-    n = max(int(0.01 / ((time.thread_time() - start) / 20)), 5)
+    n = max(int(0.02 / ((time.thread_time() - start) / 20)), 5)
 
     def block(hooked: bool) -> float:
         def timed() -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import msgspec
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.horizon import Horizon
-from upshift.hook.overhead import watching_cost
+from upshift.hook.overhead import fault_seconds, watching_cost
 from upshift.hook.patch import Patches
 from upshift.hook.syncs import Syncs
 from upshift.measure.anatomy import anatomy
@@ -22,7 +24,7 @@ from upshift.measure.facts import loader_facts, model_facts, optimizer_facts, pr
 from upshift.measure.flops import StepCounter
 from upshift.measure.sampler import HostSampler
 from upshift.measure.stats import mean_interval, narrow_enough
-from upshift.measure.steps import StepRecord, loss_values, total_loss
+from upshift.measure.steps import StepRecord, loss_values, median_of, total_loss
 from upshift.records import LineCost, Measurement, Quantity, ScriptFacts
 from upshift.sites.runner import ChildSpec
 
@@ -49,6 +51,7 @@ class DiagnoseController(Controller):
         self.count: Any = None
         self.sampler: HostSampler | None = None
         self.syncs: Syncs | None = None
+        self.faults: list[int] = []
         self.horizon = Horizon()
         self.horizon.install()
         self.patches = Patches()
@@ -106,6 +109,7 @@ class DiagnoseController(Controller):
             self._hold()
         now = time.perf_counter()
         self.records.append(record)
+        self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         values = loss_values(record)
         loss = total_loss(values)
         if loss is not None:
@@ -334,10 +338,18 @@ class DiagnoseController(Controller):
             loss_seen=watch.loss_seen,
             losses=tuple(self.losses[:200]),
             seeded=self.seen["seeded"],
+            page_faults=self._page_faults(),
+            fault_seconds=fault_seconds(),
             steps_total=self.horizon.steps(per_epoch, batches_per_step),
             distributed=self._distributed(),
             **process,
         )
+
+    def _page_faults(self) -> float | None:
+        """Median over the later half of the steps; the first ones fault in what is then kept."""
+        later = self.faults[len(self.faults) // 2 :]
+        steps = [b - a for a, b in itertools.pairwise(later)]
+        return median_of([float(value) for value in steps]) if len(steps) >= 3 else None
 
     def _distributed(self) -> bool:
         try:

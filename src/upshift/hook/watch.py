@@ -11,7 +11,7 @@ What is patched, and why there:
 Times are self-times: a phase does not contain a phase nested in it (a closure's backward inside `optimizer.step`).
 No global module hooks, dispatch modes or profilers in the steady state.
 
-Only root calls are looked at: `_depth` is 1 inside a root module, a backward pass (activation checkpointing calls
+Only root calls are looked at: `_busy` is set inside a root module, a backward pass (activation checkpointing calls
 modules there) and a fetch of data. A root module without parameters (a criterion) has no phase of its own: between
 the model's forward and backward its time is `loss`, elsewhere `other`.
 """
@@ -115,7 +115,7 @@ class Watch:
         self._loader_numbers: dict[int, int] = {}
         self._opt_stack: list[tuple[int, float, float]] = []
         self._withheld: list[tuple[Any, Any]] = []
-        self._depth = 0
+        self._busy = False
         self._in_data = False
         self._in_backward = False
         self._skip = False
@@ -192,8 +192,9 @@ class Watch:
         self._is_tracing = torch.jit.is_tracing
 
         def __call__(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            # `compiling` first: a tracer folds it, and then never reads what belongs to the watch.
-            if compiling() or watch._depth or ident() != watch.thread:
+            if watch._busy:
+                return original(module, *args, **kwargs)
+            if compiling() or ident() != watch.thread:
                 return original(module, *args, **kwargs)
             found = watch._around.get(id(module))
             if found is None:
@@ -203,7 +204,7 @@ class Watch:
                 if watch.span_start:
                     return watch._call_criterion(original, module, args, kwargs)
                 return original(module, *args, **kwargs)
-            watch._depth = 1
+            watch._busy = True
             start = now()
             outer, watch.inner = watch.inner, 0.0
             if grad_enabled() and (module.training or id(module) in watch._eval_trains):
@@ -220,7 +221,7 @@ class Watch:
                     return watch._call_around(original, around, module, args, kwargs)
                 return original(module, *args, **kwargs)
             finally:
-                watch._depth = 0
+                watch._busy = False
                 end = now()
                 took = end - start
                 if watch.span_start:
@@ -372,13 +373,13 @@ class Watch:
             if kwargs.get("create_graph") or (len(args) > 2 and args[2]):
                 watch.create_graph = True
             outer, watch.inner = watch.inner, 0.0
-            depth, watch._depth = watch._depth, 1
+            busy, watch._busy = watch._busy, True
             watch._in_backward = True
             try:
                 return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
             finally:
                 watch._in_backward = False
-                watch._depth = depth
+                watch._busy = busy
                 took = now() - start
                 alone = took - watch.inner
                 watch.backward += alone
@@ -393,13 +394,13 @@ class Watch:
                 watch.create_graph = True
             start = now()
             outer, watch.inner = watch.inner, 0.0
-            depth, watch._depth = watch._depth, 1
+            busy, watch._busy = watch._busy, True
             watch._in_backward = True
             try:
                 return original_grad(*args, **kwargs)
             finally:
                 watch._in_backward = False
-                watch._depth = depth
+                watch._busy = busy
                 took = now() - start
                 watch.backward += took - watch.inner
                 watch.accounted += took - watch.inner
@@ -449,7 +450,7 @@ class Watch:
                 key = watch._number_loader(loader)
                 watch.stage.raise_site(LoaderReady(loader=loader, scratch=watch.scratch))
             outer, watch.inner = watch.inner, 0.0
-            depth, watch._depth = watch._depth, 1
+            busy, watch._busy = watch._busy, True
             try:
                 iterator = original_iter(loader)
                 # The loader of a `for` loop may have no other owner; one that owns its iterator is not kept by it.
@@ -457,7 +458,7 @@ class Watch:
                 watch._keep_iterator(iterator, key, kept)
                 return iterator
             finally:
-                watch._depth = depth
+                watch._busy = busy
                 watch._data_done(start, outer, now(), key, grad_enabled(), 0, 1)
 
         def __next__(iterator: Any) -> Any:
@@ -467,13 +468,13 @@ class Watch:
             key = found[0] if found is not None else 0
             start = now()
             outer, watch.inner = watch.inner, 0.0
-            depth, watch._depth = watch._depth, 1
+            busy, watch._busy = watch._busy, True
             watch._in_data = True
             try:
                 return original_next(iterator)
             finally:
                 watch._in_data = False
-                watch._depth = depth
+                watch._busy = busy
                 watch._last_loader = key
                 watch._data_done(start, outer, now(), key, grad_enabled(), 1, 0)
 

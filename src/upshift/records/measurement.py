@@ -158,6 +158,10 @@ class ScriptFacts(Record, frozen=True):
     seeded: bool = False
     compiler: bool = False
     allocator: str = ""
+    page_faults: float | None = None
+    """Minor page faults of a steady step (getrusage): memory handed out anew by the system."""
+    fault_seconds: float | None = None
+    """What one minor page fault costs in this process, measured."""
     distributed: bool = False
     frameworks: tuple[str, ...] = ()
     steps_total: int | None = None

@@ -192,7 +192,10 @@ class Autopilot:
         plan: ArmPlan = {}
         try:
             if self.seen.facts.loss_seen:
-                plan = self._screen_process(process, self._screen_live(live))
+                first, later = self._by_promise(live, process)
+                plan = self._screen_live(first, {})
+                plan = self._screen_process(process, plan)
+                plan = self._screen_live(later, plan)
             confirmation = self._confirm(plan) if plan else None
         except KeyboardInterrupt:
             outcome.interrupted = True
@@ -206,12 +209,24 @@ class Autopilot:
     def _known(self, candidate: Candidate, base: ArmPlan) -> Trial | None:
         return self.earlier.get((candidate.label, str(sorted(base))))
 
-    def _screen_live(self, found: list[Candidate]) -> ArmPlan:
+    def _by_promise(self, live: list[Candidate], process: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+        """Live candidates to try before the process ones, and those that can wait.
+
+        Alternating inside one process is cheap while steps are fast. Where they are slow, what promises nothing
+        must not use up the time of what does.
+        """
+        best = max((item.gain for item in process), default=1.0)
+        slow = len(live) * 6 * 4 * self.step > self.options.budget * LIVE_SHARE
+        if not slow or best < 1.08:
+            return live, []
+        return [item for item in live if item.gain >= best], [item for item in live if item.gain < best]
+
+    def _screen_live(self, found: list[Candidate], base: ArmPlan) -> ArmPlan:
         if not found:
-            return {}
+            return base
         share = self.options.budget * LIVE_SHARE - self.startup
         each = min(max(share / len(found), 4.0, 6 * 4 * self.step), 15.0 + 30 * self.step)
-        screen = LiveScreen(self._duel, self.say)
+        screen = LiveScreen(self._duel, self.say, base)
         try:
             for candidate in found:
                 cost = each + self.startup / len(found)

@@ -42,20 +42,26 @@ def words(pairing: Pairing | None, decision: str) -> str:
 class LiveScreen:
     """One resident process in which live techniques are switched between steps."""
 
-    def __init__(self, make: Callable[[], Duel], say: Say) -> None:
+    def __init__(self, make: Callable[[], Duel], say: Say, base: ArmPlan | None = None) -> None:
+        """
+        Args:
+            base: what the process starts with; its live techniques can be switched, the others stay.
+        """
         self._make = make
         self._say = say
+        self._base = dict(base or {})
         self.duel: Duel | None = None
         self.arm: Arm | None = None
-        self.on: ArmPlan = {}
-        self._asked = 0
+        self.on: ArmPlan = dict(self._base)
 
     def _ready(self) -> tuple[Duel, Arm]:
         if self.duel is None or self.arm is None:
             self.duel = self._make()
-            self.arm = self.duel.start({})
+            self.arm = self.duel.start(self._base)
             self.duel.go(self.arm, WARM)
             for name, settings in self.on.items():
+                if name in self._base:
+                    continue
                 self.duel.ask(self.arm, {"kind": "plan", "name": name, "settings": settings}, "done")
         return self.duel, self.arm
 
