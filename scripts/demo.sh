@@ -22,6 +22,6 @@ one() { # NAME "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
 }
 
 one digits "" "--epochs 2"
-one char_gpt "" "--max-steps 40 --sample 0"
+one char_gpt "--sample 0" "--sample 0 --max-steps 30"
 title "reports"
 for page in .upshift/reports/*.html; do echo "$work/$page" >&2; done
