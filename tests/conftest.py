@@ -45,7 +45,7 @@ class Ended:
     said: tuple[str, ...]
 
 
-def execute(command: list[str], cwd: Path, *, stdin: str | None = None, timeout: float = 120, **env: str) -> Ended:
+def execute(command: list[str], cwd: Path, *, stdin: str | None = None, timeout: float = 280, **env: str) -> Ended:
     """Run a command to its end; standard input is empty unless given."""
     done = subprocess.run(
         command,

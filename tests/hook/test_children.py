@@ -143,7 +143,8 @@ def test_daemon_dies_with_its_trial(start):
 def test_child_that_is_gone(start):
     child = start("import os; os._exit(5)")
     assert wait_for(child, "gone")["code"] == 5
-    child._process.wait()
+    # Not reaped before the group is killed: nobody else can have been given its number.
+    assert psutil.Process(child._process.pid).status() == psutil.STATUS_ZOMBIE
     with pytest.raises(ChildGone):
         for _ in range(100):
             child.send({"kind": "go", "steps": 1, "filler": "x" * 10_000})

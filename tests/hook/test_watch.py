@@ -589,3 +589,21 @@ def test_watch_is_inert_in_a_forked_child():
         assert os.read(receive, 10) == b"clean"
         once(model, optimizer)
     assert len(seen.records) == 2
+
+
+def test_cost_of_watching_is_estimated_without_a_trace():
+    from upshift.hook.overhead import watching_cost
+
+    with watched() as seen:
+        model, optimizer = small()
+        for _ in range(5):
+            once(model, optimizer)
+        watch = seen.watch
+        before = {name: getattr(watch, name) for name in ("forward", "accounted", "inner", "calls", "index", "steps")}
+        cost = watching_cost(watch, torch, seen.records)
+        assert {name: getattr(watch, name) for name in before} == before
+        assert [ref() for ref in watch.models] == [model]
+        once(model, optimizer)
+    # Four events a step at some microseconds each; a millisecond would be a mistake of unit.
+    assert 1e-7 < cost < 1e-3
+    assert len(seen.records) == 6

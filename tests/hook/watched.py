@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from upshift.hook import books as books_module
 from upshift.hook import watch as watch_module
 from upshift.hook.controller import Controller
 from upshift.hook.watch import Watch
@@ -65,13 +66,13 @@ def watched(controller: Controller | None = None, techniques: Any = (), clock: L
     controller.attach(stage, watch)
     real = watch_module.time
     if clock is not None:
-        watch_module.time = types.SimpleNamespace(perf_counter=clock.perf_counter)
+        watch_module.time = books_module.time = types.SimpleNamespace(perf_counter=clock.perf_counter)
         watch.born = watch.last = clock.now
     try:
         watch.install(torch)
         controller.torch_ready(torch)
         yield controller
     finally:
-        watch_module.time = real
+        watch_module.time = books_module.time = real
         stage.close()
         watch.close()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 ROUNDS = 2000
 
+#: What a root call changes in the watch.
+_TOUCHED = ("forward", "accounted", "calls", "inner", "forward_end", "gap_mark", "_last_loader", "_fetch")
+
 
 def fault_seconds(size: int = 8 * 2**20) -> float | None:
     """Seconds a minor page fault costs here: first touch of fresh pages against the second, the least of five tries."""
@@ -42,12 +45,17 @@ def watching_cost(watch: Watch, torch: Any, records: Sequence[StepRecord]) -> fl
     """
 
     class Empty(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))  # without one it would not count as a model
+
         def forward(self, x: Any) -> Any:
             return x
 
     module = Empty()
     original = module._wrapped_call_impl
-    state = {name: getattr(watch, name) for name in ("forward", "accounted", "calls", "inner")}
+    state = {name: getattr(watch, name) for name in _TOUCHED}
+    models = list(watch.models)
     # Root calls, backward passes, batches and optimizer steps, each about as costly as a root call.
     optimizers = max(len(watch.optimizers), 1)
     events = sum(r.calls + r.nograd_calls + len(r.losses) + r.batches + optimizers for r in records)
@@ -67,6 +75,7 @@ def watching_cost(watch: Watch, torch: Any, records: Sequence[StepRecord]) -> fl
         watch._busy = False
     for name, value in state.items():
         setattr(watch, name, value)
+    watch.models[:] = models
     submodules = 0
     for reference in watch.models:
         model = reference()

@@ -87,18 +87,29 @@ class HookedChild:
                 message = self._channel.receive(min(left, LOOK_EVERY))
                 if message is not None:
                     return message
-                code = self._process.poll()
+                code = self._exit_code()
                 if code is not None:
                     # It may have spoken between the last look and its end.
                     return self._channel.receive(0) or {"kind": "gone", "code": code}
                 if left <= LOOK_EVERY:
                     return None
         except ChannelClosed:
-            try:
-                code = self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                code = None
+            patience = time.monotonic() + 5.0
+            while (code := self._exit_code()) is None and time.monotonic() < patience:
+                time.sleep(0.01)
             return {"kind": "gone", "code": code}
+
+    def _exit_code(self) -> int | None:
+        """The exit code of an ended process, which stays a zombie: its number, and its group's, must not be reused."""
+        if self._process.returncode is None:
+            try:
+                found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return self._process.poll()
+            if found is None:
+                return None
+            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return self._process.returncode
 
     def pause(self) -> None:
         """Stop the process group; returns when the main process has stopped."""
@@ -116,6 +127,8 @@ class HookedChild:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
+        if self._process.returncode is not None:
+            return  # the number may belong to somebody else by now
         try:
             os.killpg(self._process.pid, number)
         except (ProcessLookupError, PermissionError):

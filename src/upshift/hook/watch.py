@@ -18,124 +18,22 @@ the model's forward and backward its time is `loss`, elsewhere `other`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from upshift.hook.patch import Patches
-from upshift.measure.steps import StepRecord
-from upshift.sites import LoaderArgs, LoaderReady, ModelSeen, Moment, OptimizerSeen, ProcessStart, Stage
-
-#: An optimizer that did not step while another stepped this often no longer belongs to the global step.
-FORGET_AFTER = 16
-
-Rescue = Callable[[Any, tuple[str, ...], Exception], None]
+from upshift.hook.books import Books
+from upshift.hook.peek import has_parameters, like, running_steps, shapes_of, start_value
+from upshift.sites import LoaderArgs, LoaderReady, ModelSeen, Moment, OptimizerSeen, ProcessStart
 
 
-@dataclass(slots=True)
-class _Doubt:
-    """Batches of a loader that has been used for evaluation, fetched with gradients on: for what, is seen later."""
+class Watch(Books):
+    """The patches that write the books. One per process; inert in forked children and other threads."""
 
-    loader: int
-    span_end: float
-    """End of the evaluation before."""
-    seconds: float = 0.0
-    batches: int = 0
-    epochs: int = 0
-
-
-class Watch:
-    """The state machine behind the patches. One per process; inert in forked children and other threads."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        on_step: Callable[[StepRecord], None],
-        *,
-        rescue: Rescue,
-        on_loss: Callable[[Any], bool] | None = None,
-        scratch: str = "",
-        main_guard: bool = False,
-        window: float = 0.0,
-    ) -> None:
-        """
-        Args:
-            stage: the techniques.
-            on_step: called at the end of every global step; its own time is in no step.
-            window: with more than 0, `on_step` is called after so many seconds only, with the sums of the steps
-                since; what is left at the end comes with `flush`.
-            rescue: called when a technique raised around a forward call or before an optimizer step; returns to let
-                the original path go on, or raises.
-            on_loss: called with the scalar a backward call starts from (a float on the CPU, a detached tensor
-                elsewhere); True means: skip this update.
-        """
-        self.stage = stage
-        self.on_step = on_step
-        self.rescue = rescue
-        self.on_loss = on_loss
-        self.scratch = scratch
-        self.main_guard = main_guard
-        self.window = window
-        self.patches = Patches()
-        self.pid = os.getpid()
-        self.thread = threading.main_thread().ident or 0
-        self.thread_known = False
-        self.born = time.perf_counter()
-        self.first_work: float | None = None
-        self.index = 0
-        self.last = self.born
-        self.create_graph = False
-        self.grad_only = False
-        self.loss_seen = False
-        self.models: list[weakref.ref[Any]] = []
-        self.shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
-        self.loaders: list[weakref.ref[Any]] = []
-        self.waits: dict[int, list[float]] = {}
-        self.optimizers: list[weakref.ref[Any]] = []
-        self.closures: set[int] = set()
-        self._handles: list[Any] = []
-        self._around: dict[int, tuple[tuple[tuple[str, Any], ...], bool]] = {}
-        self._guards: dict[int, tuple[tuple[str, Any], ...]] = {}
-        self._alive: dict[int, Any] = {}
-        self._active: dict[int, int] = {}
-        self._stepped: set[int] = set()
-        self._iterators: dict[int, tuple[int, Any, Any]] = {}
-        self._evaluation_loaders: set[int] = set()
-        self._last_loader = 0
-        self._until = self._last_boundary = 0.0
-        self._fetch: tuple[int, float, float] | None = None
-        self._doubt: _Doubt | None = None
-        self._loader_numbers: dict[int, int] = {}
-        self._opt_stack: list[tuple[int, float, float]] = []
-        self._withheld: list[tuple[Any, Any]] = []
-        self._busy = False
-        self._in_data = False
-        self._in_backward = False
-        self._skip = False
-        self._eval_trains: set[int] = set()
-        self._reset()
-
-    def _reset(self) -> None:
-        """Start a new step."""
-        self.data = self.h2d = self.forward = self.loss = self.backward = self.optimizer = self.sync = 0.0
-        self.nograd = self.checkpoint = 0.0
-        self.nograd_calls = self.batches = self.calls = self.epochs = 0
-        self.losses: list[Any] = []
-        self.inner = 0.0
-        self.accounted = 0.0
-        self.forward_end = 0.0
-        self.gap_mark = 0.0
-        self.span_start = 0.0
-        self.span_end = 0.0
-        self.span_modules: set[int] = set()
-        self.steps = 0
+    __slots__ = ()
 
     # -- installing ---------------------------------------------------------------------------------------------
 
@@ -171,15 +69,6 @@ class Watch:
             if (optimizer := reference()) is not None:
                 moments.append(OptimizerSeen(optimizer=optimizer))
         return moments
-
-    def evaluation_only(self, loader: Any) -> bool:
-        """Whether this loader's batches were only ever used without gradients."""
-        return self._loader_numbers.get(id(loader)) in self._evaluation_loaders or self.waited(loader)[1] == 0
-
-    def waited(self, loader: Any) -> tuple[float, float]:
-        """Seconds that training waited for this loader, and for how many batches."""
-        seconds, batches = self.waits.get(self._loader_numbers.get(id(loader), 0), (0.0, 0.0))
-        return seconds, batches
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -236,7 +125,7 @@ class Watch:
                     watch.calls += 1
                 watch.inner = outer + took
 
-        self.patches.set(torch.nn.Module, "__call__", _like(original, __call__))
+        self.patches.set(torch.nn.Module, "__call__", like(original, __call__))
 
     def _call_criterion(self, original: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """A root module without parameters: only evaluation must go on being evaluation while it runs."""
@@ -247,64 +136,20 @@ class Watch:
                 self.span_end = time.perf_counter()
                 self._doubt = None
 
-    def _work_begins(self, now: float) -> None:
-        """Start-up ends with the first batch fetched, model called, backward pass or step."""
-        if self.first_work is None:
-            self.first_work = self.last = now
-
-    def _open_span(self, start: float, module: Any) -> None:
-        """Work without gradients, or in evaluation mode, begins or goes on."""
-        gradients = self._grad_enabled()
-        fetch, self._fetch, self._doubt = self._fetch, None, None
-        if fetch is not None:
-            # The batch was fetched for this, not for training; a loader met so for the first time was taken for
-            # the training loader. Without gradients it may still be a teacher's, before the student's forward.
-            self._evaluation_loaders.add(fetch[0])
-            if gradients and not self.span_start:
-                self._count_data(fetch[0], -fetch[2], -1)
-                start = fetch[1]
-        if not self.span_start:
-            self.span_start = start
-        if gradients:
-            self.span_modules.add(id(module))
-
-    def _leave_span(self) -> None:
-        """Training goes on. A batch fetched since the last evaluated one was fetched for training."""
-        doubt = self._doubt
-        if doubt is None:
-            self._close_span()
-            return
-        self._doubt = None
-        self.span_end = doubt.span_end
-        self._close_span()
-        self.epochs += doubt.epochs
-        self._count_data(doubt.loader, doubt.seconds, doubt.batches)
-
-    def _close_span(self) -> None:
-        took = self.span_end - self.span_start
-        self.nograd += took
-        self.accounted += took
-        self.span_start = 0.0
-        self.span_modules.clear()
-
     def _first_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """A root module is called for the first time, or for the first time since a switch."""
         key = id(module)
         if self._is_tracing():
             return (), False  # what is recorded now is a graph, not a training
-        has_parameters = next(iter(module.parameters()), None) is not None
-        if has_parameters and key not in self._alive:
+        trains = has_parameters(module)
+        if trains and key not in self._alive:
             self._remember(module)
             self.models.append(weakref.ref(module))
-            self.shapes[key] = tuple(
-                tuple(int(size) for size in item.shape)
-                for item in (*args, *kwargs.values())
-                if hasattr(item, "shape") and hasattr(item, "dtype")
-            )
+            self.shapes[key] = shapes_of(args, kwargs)
             self._work_begins(time.perf_counter())
             self.stage.raise_site(ModelSeen(module=module, args=args, kwargs=kwargs, training=module.training))
-        found = (self.stage.forward_for(module) if has_parameters else (), has_parameters)
-        if not has_parameters and key not in self._alive:
+        found = (self.stage.forward_for(module) if trains else (), trains)
+        if not trains and key not in self._alive:
             self._remember(module)
         self._around[key] = found
         return found
@@ -364,7 +209,7 @@ class Watch:
                 watch.accounted += gap
                 watch.inner += gap
                 watch.forward_end = 0.0
-            value = _start_value(tensors, tensor_type)
+            value = start_value(tensors, tensor_type)
             if value is not None:
                 watch.losses.append(value)
                 watch.loss_seen = True
@@ -406,8 +251,8 @@ class Watch:
                 watch.accounted += took - watch.inner
                 watch.inner = outer + took
 
-        self.patches.set(torch.autograd, "backward", _like(original, backward))
-        self.patches.set(torch.autograd, "grad", _like(original_grad, grad))
+        self.patches.set(torch.autograd, "backward", like(original, backward))
+        self.patches.set(torch.autograd, "grad", like(original_grad, grad))
 
     def _before_backward(self, start: float) -> None:
         """A backward pass ends evaluation."""
@@ -478,9 +323,9 @@ class Watch:
                 watch._last_loader = key
                 watch._data_done(start, outer, now(), key, grad_enabled(), 1, 0)
 
-        self.patches.set(loader_class, "__init__", _like(original_init, __init__))
-        self.patches.set(loader_class, "__iter__", _like(original_iter, __iter__))
-        self.patches.set(iterator_class, "__next__", _like(original_next, __next__))
+        self.patches.set(loader_class, "__init__", like(original_init, __init__))
+        self.patches.set(loader_class, "__iter__", like(original_iter, __iter__))
+        self.patches.set(iterator_class, "__next__", like(original_next, __next__))
 
     def _number_loader(self, loader: Any) -> int:
         """A number for what is known of this loader; its iterators may outlive it."""
@@ -497,36 +342,6 @@ class Watch:
             table.pop(key, None)
 
         self._iterators[key] = (number, loader, weakref.ref(iterator, forget))
-
-    def _data_done(self, start: float, outer: float, end: float, key: int, grad: bool, batch: int, epoch: int) -> None:
-        took = end - start
-        alone = took - self.inner
-        self.inner = outer + took
-        if not grad or key in self._evaluation_loaders:
-            if not self.span_start:
-                self.span_start = self.span_end = start
-            if grad:
-                doubt = self._doubt = self._doubt or _Doubt(key, self.span_end)
-                doubt.seconds += alone
-                doubt.batches += batch
-                doubt.epochs += epoch
-            self.span_end = end
-            return
-        if self.span_start:
-            self._leave_span()
-        self.epochs += epoch
-        self._count_data(key, alone, batch)
-        self._fetch = (key, start, alone) if batch else None
-
-    def _count_data(self, key: int, seconds: float, batches: int) -> None:
-        self.accounted += seconds
-        self.data += seconds
-        self.batches += batches
-        wait = self.waits.get(key)
-        if wait is None:
-            wait = self.waits[key] = [0.0, 0.0]
-        wait[0] += seconds
-        wait[1] += batches
 
     # -- optimizer ----------------------------------------------------------------------------------------------
 
@@ -592,13 +407,13 @@ class Watch:
                 if end >= watch._until:
                     watch._boundary(end)
 
-        self.patches.set(torch.optim.Optimizer, "__init__", _like(original_init, __init__))
+        self.patches.set(torch.optim.Optimizer, "__init__", like(original_init, __init__))
         self._handles.append(register_optimizer_step_pre_hook(before))
         self._handles.append(register_optimizer_step_post_hook(after))
 
     def _drop_left_behind(self) -> None:
         """Keep only steps that still run: one that raised has left its entry behind."""
-        running = _running_steps()
+        running = running_steps()
         kept = []
         for entry in self._opt_stack:
             if entry[0] in running:
@@ -638,60 +453,6 @@ class Watch:
         guards = self._guards[key] = self.stage.steps_for(optimizer)
         return guards
 
-    def _is_boundary(self, key: int) -> bool:
-        """Whether this optimizer step ends a global step: every optimizer in use has stepped since the last."""
-        active = self._active
-        active[key] = 0
-        if len(active) == 1:
-            if self._stepped:
-                self._stepped.clear()
-            return True
-        self._stepped.add(key)
-        for other in list(active):
-            if other not in self._stepped:
-                active[other] += 1
-                if active[other] > FORGET_AFTER:
-                    del active[other]
-        if not self._stepped.issuperset(active):
-            return False
-        self._stepped.clear()
-        return True
-
-    def flush(self) -> None:
-        """Hand over the steps of a window under way."""
-        if self.steps:
-            self._boundary(self._last_boundary)
-
-    def _boundary(self, end: float) -> None:
-        if self.span_start:
-            self._leave_span()
-        record = StepRecord(
-            self.index - 1,
-            end - self.born,
-            end - self.last,
-            self.data,
-            self.h2d,
-            self.forward,
-            self.loss,
-            self.backward,
-            self.optimizer,
-            self.sync,
-            self.nograd,
-            self.nograd_calls,
-            self.checkpoint,
-            self.batches,
-            self.epochs,
-            self.calls,
-            tuple(self.losses),
-            self.steps,
-        )
-        self._until = end + self.window
-        self._reset()
-        try:
-            self.on_step(record)
-        finally:
-            self.last = time.perf_counter()
-
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def _patch_save(self, torch: Any) -> None:
@@ -711,52 +472,11 @@ class Watch:
                 watch.accounted += took
                 watch.inner += took
 
-        wrapper = _like(original, save)
+        wrapper = like(original, save)
         self.patches.set(torch, "save", wrapper)
         # Under its own name too, so that it can still be pickled by reference.
         if getattr(torch.serialization, "save", None) is original:
             self.patches.set(torch.serialization, "save", wrapper)
-
-
-def _like(original: Any, wrapper: Any) -> Any:
-    """Name, signature and documentation of what is wrapped."""
-    return functools.update_wrapper(wrapper, original)
-
-
-def _start_value(tensors: Any, tensor_type: Any) -> Any:
-    """The scalar a backward call starts from: a float on the CPU, a detached tensor elsewhere; None if there is none.
-
-    Several scalars count as their sum, which is what is differentiated.
-    """
-    if isinstance(tensors, tensor_type):
-        try:
-            value = tensors.item() if tensors.is_cpu else _scalar(tensors)
-        except (RuntimeError, TypeError, NotImplementedError):
-            return None
-        return value if type(value) is float or tensors.is_cpu is False else None
-    if not isinstance(tensors, (tuple, list)) or not tensors:
-        return None
-    values = [_start_value(item, tensor_type) if isinstance(item, tensor_type) else None for item in tensors]
-    return None if any(value is None for value in values) else sum(values)
-
-
-def _scalar(tensor: Any) -> Any:
-    """A scalar on a device, without a graph; None if it is none."""
-    return tensor.detach() if tensor.numel() == 1 and tensor.is_floating_point() else None
-
-
-def _running_steps() -> list[int]:
-    """Ids of the optimizers whose `step` is under way above the one about to begin, read off the call stack."""
-    found = []
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "wrapper" and code.co_filename.endswith("optimizer.py"):
-            arguments = frame.f_locals.get("args")
-            if isinstance(arguments, tuple) and arguments:
-                found.append(id(arguments[0]))
-        frame = frame.f_back
-    return found[1:]
 
 
 def _wrap(applied: Any, call: Any, module: Any) -> Any:
