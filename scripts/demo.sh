@@ -8,12 +8,12 @@ cp "$root/examples/char_gpt.py" "$root/examples/digits.py" "$work"
 cd "$work"
 title() { printf '\n== %s\n' "$*" >&2; }
 
-one() { # NAME "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
-    local name=$1 full=$2 short=$3
+one() { # NAME BUDGET "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
+    local name=$1 budget=$2 full=$3 short=$4
     title "$name: where does the time go?"
     upshift diagnose --seconds 10 "$name.py" $full
     title "$name: what makes it faster, and is the result as good?"
-    upshift tune --budget "${UPSHIFT_DEMO_BUDGET:-75s}" "$name.py" $full
+    upshift tune --budget "${UPSHIFT_DEMO_BUDGET:-$budget}" "$name.py" $full
     title "$name: a short run as written, then one with the plan"
     rm -rf runs
     upshift run --runs runs --no-plan "$name.py" $short
@@ -21,7 +21,7 @@ one() { # NAME "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
     upshift compare runs/*
 }
 
-one digits "" "--epochs 2"
-one char_gpt "--sample 0" "--sample 0 --max-steps 30"
+one digits 75s "" "--epochs 2"
+one char_gpt 110s "--sample 0" "--sample 0 --max-steps 30"
 title "reports"
 for page in .upshift/reports/*.html; do echo "$work/$page" >&2; done
