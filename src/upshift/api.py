@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from upshift.diagnose.registry import diagnose as find
-from upshift.diagnose.verdict import verdict as say_verdict
 from upshift.errors import PlanError, RecordError, ScriptFailedError, UsageError
 from upshift.hardware import machine
 from upshift.hardware.device import device_name, kinds_here
-from upshift.hook.diagnosing import Diagnosis, observe
 from upshift.hook.process import HookRunner, command, environment
 from upshift.records import Finding, Measurement, Plan, Run, Trial, TuneReport, codec, planfile
 from upshift.records.fingerprint import changes, fingerprint
@@ -27,6 +24,11 @@ from upshift.records.planfile import slug
 from upshift.records.runlog import LOG, RunLog, fold, new_id
 from upshift.sites.runner import ChildSpec
 from upshift.techniques import registry
+
+if TYPE_CHECKING:
+    from upshift.hook.diagnosing import Diagnosis
+
+# The start of `run` is the user's time: what only the other commands need is imported where they need it.
 
 Say = Callable[[str], None]
 
@@ -138,6 +140,10 @@ def diagnose(target: Target, options: DiagnoseOptions | None = None, say: Say = 
         NoTrainingError: no training step was seen.
         ScriptFailedError: it crashed first.
     """
+    from upshift.diagnose.registry import diagnose as find
+    from upshift.diagnose.verdict import verdict as say_verdict
+    from upshift.hook.diagnosing import observe
+
     options = options or DiagnoseOptions()
     target.check()
     spec = _child(target, options, "diagnose")

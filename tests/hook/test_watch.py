@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections import Counter
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -607,3 +608,106 @@ def test_cost_of_watching_is_estimated_without_a_trace():
     # Four events a step at some microseconds each; a millisecond would be a mistake of unit.
     assert 1e-7 < cost < 1e-3
     assert len(seen.records) == 6
+
+
+# -- steps that are only counted --------------------------------------------------------------------------------------
+
+
+class Summing(Keeping):
+    """Sums over windows, as a run without techniques keeps them."""
+
+    window = 50.0
+
+    def torch_ready(self, torch):
+        self.watch.may_sleep = True
+
+
+@pytest.fixture
+def sleepy(monkeypatch):
+    """Naps begin early, and no step is too long for them."""
+    from upshift.hook import books
+
+    monkeypatch.setattr(books, "AWAKE_STEPS", 2)
+    monkeypatch.setattr(books, "NAP", 60.0)
+    return books
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=KINDS,
+    loader=st.booleans(),
+    teacher=st.sampled_from(["none", "before", "after"]),
+    micro=st.integers(1, 2),
+    events=st.lists(st.sampled_from(["none", "none", "none", "evaluate", "sloppy", "save"]), min_size=20, max_size=40),
+)
+def test_steps_only_counted_keep_counts_totals_and_evaluation(sleepy, kind, loader, teacher, micro, events):
+    assume(teacher != "before" or loader)
+    ledger = Ledger((2,))
+    with watched(Summing(), clock=ledger) as seen:
+        events = [*events, "none"]  # what follows the last step is in no step
+        train(ledger, kind, loader, teacher, micro, events)
+        assert seen.watch.index == len(events)
+        seen.watch.flush()
+    assert sum(record.steps for record in seen.records) == len(events)
+    timed = sum(record.timed for record in seen.records)
+    if teacher != "none" and kind != "closure":
+        assert timed == len(events)  # work without gradients in every step keeps the books awake
+    booked = sum(ledger.steps[1:], Counter())
+    first = seen.records[0].total
+    assert sum(record.total for record in seen.records) == first + sum(booked.values())
+    assert sum(record.checkpoint for record in seen.records) == sum(step["checkpoint"] for step in ledger.steps)
+    # Only the batch that precedes an evaluation in a loader met before may be missed; new iterators are always seen.
+    assert sum(record.nograd for record in seen.records) == sum(step["nograd"] for step in ledger.steps)
+
+
+def test_phases_are_scaled_up_from_the_steps_timed(sleepy):
+    ledger = Ledger((1,))
+    with watched(Summing(), clock=ledger) as seen:
+        train(ledger, "sgd", False, "none", 1, ["none"] * 200)
+        seen.watch.flush()
+    later = [record for record in seen.records if record.number > 2]
+    assert sum(record.timed for record in later) < 200 / 5
+    assert sum(record.timed for record in later) > 200 / 20
+    for record in later:
+        if not record.timed:
+            continue
+        for name, each in (("forward", 1), ("loss", 2), ("backward", 1), ("optimizer", 2)):
+            assert getattr(record, name) == pytest.approx(each * record.steps)
+    assert sum(record.steps for record in seen.records) == 200
+
+
+def test_long_steps_are_all_timed():
+    ledger = Ledger((1,))
+    with watched(Summing(), clock=ledger) as seen:
+        train(ledger, "sgd", True, "none", 1, ["none"] * 60)
+        seen.watch.flush()
+    assert sum(record.timed for record in seen.records) == 60
+
+
+def test_sleep_ends_for_wrapped_optimizers_and_leaves_roots_alone(sleepy):
+    class Chatty(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.b(checkpoint(self.a, x, use_reentrant=False))
+
+    with watched(Summing()) as seen:
+        plain = nn.Linear(2, 1)
+        once(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+        model = Net()
+        optimizer = Chatty(model.parameters(), lr=0.1)
+        for _ in range(30):
+            once(model, optimizer)
+        assert seen.watch.index == 31 and not seen.watch.may_sleep
+    with watched(Summing()) as seen:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(30):
+            once(model, optimizer)
+        assert seen.watch.index == 30 and seen.watch.may_sleep
+        assert [ref() for ref in seen.watch.models] == [model]

@@ -17,6 +17,14 @@ from upshift.sites import Stage
 #: An optimizer that did not step while another stepped this often no longer belongs to the global step.
 FORGET_AFTER = 16
 
+#: Naps, in units of `NAP` seconds: steps are only counted before one is timed again. Uneven, so that no rhythm of the
+#: script is met.
+NAPS = (1.0, 0.7, 1.3, 0.85, 1.15, 1.0, 1.4, 0.6)
+NAP = 0.03
+
+#: The first steps are all timed.
+AWAKE_STEPS = 32
+
 Rescue = Callable[[Any, tuple[str, ...], Exception], None]
 
 
@@ -35,19 +43,24 @@ class _Doubt:
 class Books:
     """What has been seen since the last step, and the rules by which evaluation is told from training.
 
+    With `may_sleep`, most steps are only counted: what a Python wrapper costs between two kernels is some 40 us a step
+    (its code and data have left the caches), too much for steps below a millisecond. What is not training wakes
+    the books: a model called without gradients or in evaluation mode, a new iterator.
+
     A span is a stretch of work without gradients or in evaluation mode. What it was for is seen when it is over.
     """
 
     # Contiguous, the hot ones first: between two steps the caches have been filled with something else.
     __slots__ = (  # noqa: RUF023  (the order is the point)
-        "_busy", "thread", "inner", "accounted", "span_start", "span_end", "forward", "forward_end", "gap_mark",
-        "calls", "loss", "backward", "losses", "on_loss", "_in_backward", "_in_data", "data", "batches", "optimizer",
-        "_opt_stack", "_guards", "_active", "_skip", "_withheld", "index", "steps", "_until", "_last_boundary",
-        "_last_loader", "_around", "_iterators", "thread_known", "first_work", "loss_seen", "create_graph",
-        "_stepped", "_fetch", "_evaluation_loaders", "waits", "epochs", "stage", "on_step", "rescue", "scratch",
-        "main_guard", "window", "patches", "pid", "born", "last", "grad_only", "models", "shapes", "loaders",
+        "_busy", "_asleep", "_nap", "thread", "inner", "accounted", "span_start", "span_end", "forward", "forward_end",
+        "gap_mark", "calls", "loss", "backward", "losses", "on_loss", "_in_backward", "_in_data", "data", "batches",
+        "optimizer", "_opt_stack", "_guards", "_active", "_skip", "_withheld", "index", "steps", "_until",
+        "_last_boundary", "_last_loader", "_around", "_iterators", "thread_known", "first_work", "loss_seen",
+        "create_graph", "_stepped", "_fetch", "_evaluation_loaders", "waits", "epochs", "stage", "on_step", "rescue",
+        "scratch", "main_guard", "window", "patches", "pid", "born", "last", "grad_only", "models", "shapes", "loaders",
         "optimizers", "closures", "_handles", "_alive", "_doubt", "_loader_numbers", "_eval_trains", "h2d", "sync",
         "nograd", "checkpoint", "nograd_calls", "span_modules", "_generator", "_grad_enabled", "_is_tracing",
+        "_awake", "_woken", "_naps", "may_sleep",
     )  # fmt: skip
 
     _grad_enabled: Callable[[], bool]
@@ -116,6 +129,9 @@ class Books:
         self._opt_stack: list[tuple[int, float, float]] = []
         self._withheld: list[tuple[Any, Any]] = []
         self._busy = False
+        self.may_sleep = False
+        self._asleep = self._woken = False
+        self._nap = self._naps = 0
         self._in_data = False
         self._in_backward = False
         self._skip = False
@@ -135,7 +151,7 @@ class Books:
         self.span_start = 0.0
         self.span_end = 0.0
         self.span_modules: set[int] = set()
-        self.steps = 0
+        self.steps = self._awake = 0
 
     def evaluation_only(self, loader: Any) -> bool:
         """Whether this loader's batches were only ever used without gradients."""
@@ -240,20 +256,54 @@ class Books:
         if self.steps:
             self._boundary(self._last_boundary)
 
+    def _step_timed(self, end: float) -> None:
+        """A step ended that was timed from its beginning, or from when the books were woken."""
+        took = end - self._last_boundary
+        self._last_boundary = end
+        self.index += 1
+        self.steps += 1
+        self._awake += 1
+        self._skip = self._woken = False
+        if end >= self._until:
+            self._boundary(end)
+        if self.may_sleep and self.index >= AWAKE_STEPS and not self.span_start:
+            self._naps += 1
+            self._nap = int(NAP * NAPS[self._naps % len(NAPS)] / took)
+            self._asleep = self._nap > 0
+
+    def _step_counted(self, end: float) -> None:
+        """A step ended that was only counted."""
+        self._last_boundary = end
+        self.index += 1
+        self.steps += 1
+        self._nap -= 1
+        if not self._nap:
+            self._asleep = False
+            self.forward_end = 0.0
+            self._fetch = None
+
+    def _wake(self) -> None:
+        """Something else than training begins."""
+        self._asleep = False
+        self._woken = True
+        self.forward_end = 0.0
+        self._fetch = None
+
     def _boundary(self, end: float) -> None:
         if self.span_start:
             self._leave_span()
+        scale = self.steps / self._awake if self._awake else 0.0
         record = StepRecord(
             self.index - 1,
             end - self.born,
             end - self.last,
-            self.data,
-            self.h2d,
-            self.forward,
-            self.loss,
-            self.backward,
-            self.optimizer,
-            self.sync,
+            self.data * scale,
+            self.h2d * scale,
+            self.forward * scale,
+            self.loss * scale,
+            self.backward * scale,
+            self.optimizer * scale,
+            self.sync * scale,
             self.nograd,
             self.nograd_calls,
             self.checkpoint,
@@ -262,6 +312,7 @@ class Books:
             self.calls,
             tuple(self.losses),
             self.steps,
+            self._awake,
         )
         self._until = end + self.window
         self._reset()

@@ -60,6 +60,8 @@ class RunController(Controller):
     def torch_ready(self, torch: ModuleType) -> None:
         """Say what is patched."""
         self.torch = torch
+        # Techniques act in every forward, and the guard looks at every loss.
+        self.watch.may_sleep = not self.guarding
         self._event("patched", ", ".join(self.watch.patches.names()))
 
     def say(self, kind: str, name: str, text: str) -> None:
@@ -82,7 +84,7 @@ class RunController(Controller):
             n=record.steps,
             at=record.at,
             seconds=record.total,
-            phases={name: getattr(record, name) for name in TIMED},
+            phases={name: getattr(record, name) for name in TIMED} if record.timed else {},
             loss=_finite(math.fsum(losses) / len(losses)) if losses else None,
             last_loss=_finite(self.last_loss),
             evaluation=record.nograd,

@@ -85,6 +85,12 @@ class Watch(Books):
                 return original(module, *args, **kwargs)
             if compiling() or ident() != watch.thread:
                 return original(module, *args, **kwargs)
+            if watch._asleep and watch._sleeps_on(module):
+                watch._busy = True
+                try:
+                    return original(module, *args, **kwargs)
+                finally:
+                    watch._busy = False
             found = watch._around.get(id(module))
             if found is None:
                 found = watch._first_call(module, args, kwargs)
@@ -126,6 +132,16 @@ class Watch(Books):
                 watch.inner = outer + took
 
         self.patches.set(torch.nn.Module, "__call__", like(original, __call__))
+
+    def _sleeps_on(self, module: Any) -> bool:
+        """Whether this root call is training, or a criterion; anything else wakes the books."""
+        found = self._around.get(id(module))
+        if found is not None and (
+            not found[1] or (self._grad_enabled() and (module.training or id(module) in self._eval_trains))
+        ):
+            return True
+        self._wake()
+        return False
 
     def _call_criterion(self, original: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """A root module without parameters: only evaluation must go on being evaluation while it runs."""
@@ -193,6 +209,12 @@ class Watch(Books):
         tensor_type = torch.Tensor
 
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            if watch._asleep and not watch._busy and ident() == watch.thread:
+                watch._busy = True
+                try:
+                    return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
+                finally:
+                    watch._busy = False
             if ident() != watch.thread:
                 if watch.thread_known or os.getpid() != watch.pid:
                     return original(tensors, *args, **kwargs)  # type: ignore[no-any-return]
@@ -288,6 +310,8 @@ class Watch(Books):
         def __iter__(loader: Any) -> Any:
             if ident() != watch.thread:
                 return original_iter(loader)
+            if watch._asleep:
+                watch._wake()
             start = now()
             watch._work_begins(start)
             key = watch._loader_numbers.get(id(loader), 0)
@@ -309,6 +333,12 @@ class Watch(Books):
         def __next__(iterator: Any) -> Any:
             if watch._in_data or ident() != watch.thread:
                 return original_next(iterator)
+            if watch._asleep:
+                busy, watch._busy = watch._busy, True
+                try:
+                    return original_next(iterator)
+                finally:
+                    watch._busy = busy
             found = watch._iterators.get(id(iterator))
             key = found[0] if found is not None else 0
             start = now()
@@ -359,7 +389,7 @@ class Watch(Books):
                 watch._active[id(optimizer)] = 0
 
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if ident() != watch.thread:
+            if watch._asleep or ident() != watch.thread:
                 return
             start = now()
             if watch.span_start:
@@ -382,11 +412,16 @@ class Watch(Books):
             watch.inner = 0.0
 
         def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if ident() != watch.thread:
+                return
+            key = id(optimizer)
             stack = watch._opt_stack
-            if not stack or ident() != watch.thread:
+            if not stack:
+                # Asleep, or woken inside this very step.
+                if (watch._asleep or watch._woken) and watch._is_boundary(key):
+                    (watch._step_counted if watch._asleep else watch._step_timed)(now())
                 return
             end = now()
-            key = id(optimizer)
             if stack[-1][0] != key:
                 return
             _, start, outer = stack.pop()
@@ -400,12 +435,7 @@ class Watch(Books):
             if stack:
                 watch._inside(key)
             elif watch._is_boundary(key):
-                watch.index += 1
-                watch.steps += 1
-                watch._skip = False
-                watch._last_boundary = end
-                if end >= watch._until:
-                    watch._boundary(end)
+                watch._step_timed(end)
 
         self.patches.set(torch.optim.Optimizer, "__init__", like(original_init, __init__))
         self._handles.append(register_optimizer_step_pre_hook(before))
@@ -425,6 +455,7 @@ class Watch(Books):
         """This optimizer stepped inside the step of another (a wrapper): it ends no step of its own."""
         self._active.pop(key, None)
         self._stepped.discard(key)
+        self.may_sleep = False  # asleep, the two could not be told apart
 
     def _withhold(self, optimizer: Any) -> None:
         """Without gradients a step changes nothing; they are given back after it, since scripts may log them."""

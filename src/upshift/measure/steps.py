@@ -39,6 +39,8 @@ class StepRecord(NamedTuple):
     losses: tuple[Any, ...]
     steps: int = 1
     """More than one only where a window of steps was summed; `number` is then that of the last."""
+    timed: int = 1
+    """Of a window, the steps whose phases were timed; phases are scaled up from them, the rest is exact."""
 
 
 def loss_values(record: StepRecord, limit: int = 8) -> tuple[float, ...]:
