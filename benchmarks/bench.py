@@ -50,7 +50,7 @@ def fresh_pair(target: api.Target, plan: dict, seconds: float, per_epoch: float 
         duel.close()
 
 
-def one(name: str, target: api.Target, budget: float, seconds: float) -> dict:
+def one(name: str, target: api.Target, budget: float | None, seconds: float) -> dict:
     """Tune a script and time its plan on fresh pairs."""
     began = time.monotonic()
     tuned = api.tune(target, api.TuneOptions(budget=budget), say=lambda text: print(f"  {text}", file=sys.stderr))
@@ -119,7 +119,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="comma-separated example names")
-    parser.add_argument("--budget", type=float, default=180.0, help="search budget in seconds")
+    parser.add_argument("--budget", type=float, help="search budget in seconds (default: that of `upshift tune`)")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of the fresh pair")
     parser.add_argument("--script", help="another script; its arguments follow --")
     parser.add_argument("--into", type=Path, help="append the table to this file")

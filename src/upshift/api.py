@@ -173,9 +173,10 @@ def diagnose(target: Target, options: DiagnoseOptions | None = None, say: Say = 
 
 @dataclass
 class TuneOptions:
-    """What `tune` is asked for. `budget` in seconds, the diagnosis included."""
+    """What `tune` is asked for. `budget` in seconds, the diagnosis included; None: three minutes, or less where the
+    planned training is too short to pay that back."""
 
-    budget: float = 180.0
+    budget: float | None = None
     only: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     untested: bool = False
@@ -220,16 +221,23 @@ class _State:
 
 
 def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda text: None,
-         on_diagnosed: Callable[[Diagnosed], None] = lambda found: None) -> Tuned:  # fmt: skip
+         on_diagnosed: Callable[[Diagnosed], None] = lambda found: None,
+         on_limit: Say = lambda text: None) -> Tuned:  # fmt: skip
     """Search a plan for this script on this machine, and write it with its evidence.
+
+    Args:
+        on_diagnosed: told what the diagnosis found.
+        on_limit: told why the search is given less than the default budget.
 
     Raises:
         UpshiftError: see `diagnose`; also when the plan file cannot be written.
     """
     from upshift.search.autopilot import Autopilot
     from upshift.search.autopilot import Options as SearchOptions
+    from upshift.search.candidates import DEFAULT_BUDGET
 
     options = options or TuneOptions()
+    budget = options.budget or DEFAULT_BUDGET
     target.check()
     for name in (*options.only, *options.leave_out):
         registry.get(name)
@@ -245,7 +253,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         files = _files_of(earlier)
     else:
         watch = options.diagnose
-        watch.seconds = min(watch.seconds, max(options.budget * 0.12, 5.0))
+        watch.seconds = min(watch.seconds, max(budget * 0.12, 5.0))
         found = diagnose(target, watch, say)
         files = found.files
     on_diagnosed(found)
@@ -265,7 +273,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
             plan_file=str(plan_file),
             kept=more.pop("kept", ()),
             seconds=time.monotonic() - began,
-            budget=options.budget,
+            budget=budget,
             isolation=measurement.isolation,
             **more,
         )
@@ -283,7 +291,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         measurement,
         {technique.card.name: technique for technique in registry.all_techniques()},
         SearchOptions(
-            budget=max(options.budget - (time.monotonic() - began), 20.0),
+            budget=max(budget - (time.monotonic() - began), 20.0),
             only=options.only,
             leave_out=options.leave_out,
             untested=options.untested,
@@ -295,6 +303,11 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         earlier=tuple(earlier.trials) if earlier is not None else (),
         predicted=_predicted(found.findings),
     )
+    if options.budget is None:
+        limited = pilot.limit(spent := time.monotonic() - began)
+        budget = pilot.options.budget + spent
+        if limited:
+            on_limit(limited)
     if options.dry_run:
         told = pilot.plan_ahead()
         return Tuned(report_of((), told, forecast=told), None, plan_file, plan_file)

@@ -11,7 +11,8 @@ def seconds(value: float) -> str:
     if magnitude >= 7200:
         return f"{value / 3600:.1f} h"
     if magnitude >= 120:
-        return f"{int(value // 60)} min {int(value % 60)} s"
+        whole = round(value)
+        return f"{whole // 60} min {whole % 60} s"
     if magnitude >= 1:
         return f"{value:.3g} s"
     if magnitude >= 1e-3:

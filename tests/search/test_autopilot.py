@@ -240,3 +240,20 @@ def test_a_data_technique_is_not_credited_with_more_than_the_waiting(world: Worl
     outcome = search(world, technique)
     assert not outcome.kept
     assert "held to" in next(trial.pairing.method for trial in outcome.trials if trial.pairing is not None)
+
+
+def test_a_short_training_limits_the_default_budget(world: World) -> None:
+    def limited(**options: Any) -> tuple[str, float]:
+        pilot = Autopilot(
+            FakeRunner(world), ChildSpec(mode="arm", target="train.py"), seen(world.step),
+            {"good": make_technique("good", gain=1.25)}, Options(**options), say=lambda text: None,
+        )  # fmt: skip
+        return pilot.limit(10.0), pilot.options.budget
+
+    told, budget = limited(steps_planned=int(1000 / world.step))
+    assert budget == pytest.approx(90.0)  # half of 200 s, of which the diagnosis took 10
+    assert "may gain 3 min 20 s" in told and "--budget" in told
+    told, budget = limited(steps_planned=10**9)
+    assert (told, budget) == ("", 170.0)
+    told, budget = limited()
+    assert (told, budget) == ("", 170.0)

@@ -10,7 +10,9 @@ from upshift.cli import show
 
 
 @click.command("tune", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
-@click.option("--budget", type=show.Duration(), default="3m", show_default=True, help="Time the search may take.")
+@click.option("--budget", type=show.Duration(),
+              help="Time the search may take.  [default: 3m, less where the training is too short to pay that back]",
+              )  # fmt: skip
 @click.option("--only", multiple=True, metavar="NAME", help="Try only this technique (may be repeated).")
 @click.option("--without", multiple=True, metavar="NAME", help="Leave this technique out (may be repeated).")
 @click.option("--untested", is_flag=True, help="Also try techniques never run on this kind of device.")
@@ -25,7 +27,7 @@ from upshift.cli import show
 @click.option("-q", "--quiet", is_flag=True, help="No progress line.")
 @show.target_options
 def command(
-    budget: float,
+    budget: float | None,
     only: tuple[str, ...],
     without: tuple[str, ...],
     untested: bool,
@@ -74,7 +76,7 @@ def command(
             show.say(found.verdict)
 
     with show.Progress(quiet) as say:
-        tuned = api.tune(target, options, say, diagnosed)
+        tuned = api.tune(target, options, say, diagnosed, show.say)
     if dry_run:
         show.say(tuned.report.verdict)
         return

@@ -13,7 +13,7 @@ import msgspec
 
 from upshift.records import Measurement, Pairing, Trial
 from upshift.records.plan import Kept, Rejected
-from upshift.search.candidates import Candidate, candidates, conflicting, forecast
+from upshift.search.candidates import DEFAULT_BUDGET, Candidate, affordable, candidates, conflicting, forecast
 from upshift.search.confirm import Confirmation, confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel
 from upshift.search.screening import LiveScreen, ProcessScreen
@@ -38,7 +38,7 @@ _COARSE = ("optimizer", "float32", "bfloat16")
 class Options:
     """What the person asked for."""
 
-    budget: float = 180.0
+    budget: float = DEFAULT_BUDGET
     only: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     untested: bool = False
@@ -154,6 +154,22 @@ class Autopilot:
             Trial(name=candidate.label, candidate={**base, candidate.name: candidate.settings}, reference=dict(base),
                   outcome="not tried", reason=reason, stage="screen")
         )  # fmt: skip
+
+    def limit(self, spent: float) -> str:
+        """Lower the default budget to what this training can pay back; says so where it did.
+
+        Args:
+            spent: seconds the diagnosis took, which the budget includes.
+        """
+        planned = self._remaining_seconds()
+        budget, saved = affordable(self._candidates()[0], planned, self.startup)
+        self.options.budget = max(budget - spent, 20.0)
+        if planned is None or saved is None or budget >= DEFAULT_BUDGET:
+            return ""
+        return (
+            f"training is planned for about {in_words(planned)} and may gain {in_words(saved)}: "
+            f"the search is limited to {in_words(budget)} (--budget or --steps-planned changes that)"
+        )
 
     def plan_ahead(self) -> str:
         """What would be tried, in which order, and what it would cost (`--dry-run`)."""

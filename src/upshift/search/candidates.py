@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from upshift.records import Measurement, Trial
@@ -9,6 +10,9 @@ from upshift.records.plan import Setting
 from upshift.records.quantity import Record
 from upshift.sites import Technique
 from upshift.units import seconds as in_words
+
+#: Seconds a search may take that nobody limited, and the least in which something can still be confirmed.
+DEFAULT_BUDGET, LEAST_BUDGET = 180.0, 60.0
 
 
 class Candidate(Record, frozen=True):
@@ -107,3 +111,23 @@ def forecast(startup: float, step: float, budget: float, live: int, process: int
         f"start-up {in_words(startup)}, step {in_words(step)}: {in_words(budget)} buy about {buys} of "
         f"{live + process} trials and the confirmation"
     )
+
+
+def affordable(found: Sequence[Candidate], training: float | None, startup: float) -> tuple[float, float | None]:
+    """Seconds a search may take so that it can pay for itself, and the seconds it is expected to save.
+
+    Half of what the predictions promise over the training that is planned, between `LEAST_BUDGET` (and three
+    start-ups) and `DEFAULT_BUDGET`. Gains overlap: the largest counts in full, of the others the square root.
+
+    Args:
+        training: seconds of stock training planned; None where unknown (the default budget then holds).
+    """
+    if training is None:
+        return DEFAULT_BUDGET, None
+    best: dict[str, float] = {}
+    for item in found:
+        best[item.name] = max(best.get(item.name, 1.0), item.gain)
+    logs = sorted((math.log(gain) for gain in best.values()), reverse=True)
+    promised = math.exp(math.fsum(logs[:1]) + math.fsum(logs[1:]) / 2)
+    saved = training * (1.0 - 1.0 / max(promised, 1.1))
+    return min(max(saved / 2, LEAST_BUDGET + 3 * startup), DEFAULT_BUDGET), saved
