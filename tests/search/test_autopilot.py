@@ -242,18 +242,27 @@ def test_a_data_technique_is_not_credited_with_more_than_the_waiting(world: Worl
     assert "held to" in next(trial.pairing.method for trial in outcome.trials if trial.pairing is not None)
 
 
-def test_a_short_training_limits_the_default_budget(world: World) -> None:
-    def limited(**options: Any) -> tuple[str, float]:
-        pilot = Autopilot(
-            FakeRunner(world), ChildSpec(mode="arm", target="train.py"), seen(world.step),
-            {"good": make_technique("good", gain=1.25)}, Options(**options), say=lambda text: None,
-        )  # fmt: skip
-        return pilot.limit(10.0), pilot.options.budget
+def limited(world: World, **options: Any) -> tuple[str, Autopilot]:
+    pilot = Autopilot(
+        FakeRunner(world), ChildSpec(mode="arm", target="train.py"), seen(world.step),
+        {"good": make_technique("good", gain=1.25)}, Options(**options), say=lambda text: None,
+    )  # fmt: skip
+    return pilot.limit(10.0), pilot
 
-    told, budget = limited(steps_planned=int(1000 / world.step))
-    assert budget == pytest.approx(90.0)  # half of 200 s, of which the diagnosis took 10
+
+def test_a_short_training_limits_the_default_budget(world: World) -> None:
+    told, pilot = limited(world, steps_planned=int(1000 / world.step))
+    assert pilot.options.budget == pytest.approx(90.0)  # half of 200 s, of which the diagnosis took 10
     assert "may gain 3 min 20 s" in told and "--budget" in told
-    told, budget = limited(steps_planned=10**9)
-    assert (told, budget) == ("", 170.0)
-    told, budget = limited()
-    assert (told, budget) == ("", 170.0)
+    told, pilot = limited(world, steps_planned=10**9)
+    assert (told, pilot.options.budget) == ("", 170.0)
+    told, pilot = limited(world)
+    assert (told, pilot.options.budget) == ("", 170.0)
+
+
+def test_a_training_too_short_for_any_search_tries_nothing(world: World) -> None:
+    told, pilot = limited(world, steps_planned=int(60 / world.step))
+    assert "too little to pay for a search" in told
+    outcome = pilot.run()
+    assert not outcome.kept and outcome_of(outcome, "good") == "not tried"
+    assert "too little to pay" in outcome.verdict

@@ -13,7 +13,15 @@ import msgspec
 
 from upshift.records import Measurement, Pairing, Trial
 from upshift.records.plan import Kept, Rejected
-from upshift.search.candidates import DEFAULT_BUDGET, Candidate, affordable, candidates, conflicting, forecast
+from upshift.search.candidates import (
+    DEFAULT_BUDGET,
+    Candidate,
+    affordable,
+    candidates,
+    conflicting,
+    forecast,
+    promised,
+)
 from upshift.search.confirm import Confirmation, confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel
 from upshift.search.screening import LiveScreen, ProcessScreen
@@ -106,6 +114,7 @@ class Autopilot:
         self.planned = options.steps_planned or seen.facts.steps_total
         self._seed = options.seed
         self._dropped: dict[str, str] = {}
+        self._too_short = ""
         self._final: ArmPlan = {}
 
     # -- helpers -------------------------------------------------------------------------------------------------
@@ -161,15 +170,23 @@ class Autopilot:
         Args:
             spent: seconds the diagnosis took, which the budget includes.
         """
+        self.options.budget = max(DEFAULT_BUDGET - spent, 20.0)
         planned = self._remaining_seconds()
-        budget, saved = affordable(self._candidates()[0], planned, self.startup)
-        self.options.budget = max(budget - spent, 20.0)
-        if planned is None or saved is None or budget >= DEFAULT_BUDGET:
+        if planned is None:
             return ""
-        return (
-            f"training is planned for about {in_words(planned)} and may gain {in_words(saved)}: "
-            f"the search is limited to {in_words(budget)} (--budget or --steps-planned changes that)"
-        )
+        saved = promised(self._candidates()[0], planned)
+        trials = 2 * (self.startup + 24 * self.step + 6.0)
+        budget = affordable(saved, spent, self._reserve() + trials)
+        may_gain = f"training is planned for about {in_words(planned)} and may gain {in_words(saved)}"
+        if budget is None:
+            self._too_short = (
+                f"{may_gain}: too little to pay for a search (--budget or --steps-planned searches anyway)"
+            )
+            return self._too_short
+        self.options.budget = max(budget - spent, 20.0)
+        if budget >= DEFAULT_BUDGET:
+            return ""
+        return f"{may_gain}: the search is limited to {in_words(budget)} (--budget or --steps-planned changes that)"
 
     def plan_ahead(self) -> str:
         """What would be tried, in which order, and what it would cost (`--dry-run`)."""
@@ -207,7 +224,10 @@ class Autopilot:
         outcome = Outcome(forecast=told)
         plan: ArmPlan = {}
         try:
-            if self.seen.facts.loss_seen:
+            if self._too_short:
+                for candidate in found:
+                    self._skipped(candidate, self._too_short, {})
+            elif self.seen.facts.loss_seen:
                 first, later = self._by_promise(live, process)
                 plan = self._screen_live(first, {})
                 plan = self._screen_process(process, plan)

@@ -11,8 +11,8 @@ from upshift.records.quantity import Record
 from upshift.sites import Technique
 from upshift.units import seconds as in_words
 
-#: Seconds a search may take that nobody limited, and the least in which something can still be confirmed.
-DEFAULT_BUDGET, LEAST_BUDGET = 180.0, 60.0
+#: Seconds a search may take that nobody limited.
+DEFAULT_BUDGET = 180.0
 
 
 class Candidate(Record, frozen=True):
@@ -113,21 +113,26 @@ def forecast(startup: float, step: float, budget: float, live: int, process: int
     )
 
 
-def affordable(found: Sequence[Candidate], training: float | None, startup: float) -> tuple[float, float | None]:
-    """Seconds a search may take so that it can pay for itself, and the seconds it is expected to save.
+def promised(found: Sequence[Candidate], training: float) -> float:
+    """Seconds the predictions promise to save over `training` seconds of stock training.
 
-    Half of what the predictions promise over the training that is planned, between `LEAST_BUDGET` (and three
-    start-ups) and `DEFAULT_BUDGET`. Gains overlap: the largest counts in full, of the others the square root.
-
-    Args:
-        training: seconds of stock training planned; None where unknown (the default budget then holds).
+    Gains overlap: the largest counts in full, of the others the square root. At least 10 % are expected, since a
+    trial ends as soon as it excludes a gain.
     """
-    if training is None:
-        return DEFAULT_BUDGET, None
     best: dict[str, float] = {}
     for item in found:
         best[item.name] = max(best.get(item.name, 1.0), item.gain)
     logs = sorted((math.log(gain) for gain in best.values()), reverse=True)
-    promised = math.exp(math.fsum(logs[:1]) + math.fsum(logs[1:]) / 2)
-    saved = training * (1.0 - 1.0 / max(promised, 1.1))
-    return min(max(saved / 2, LEAST_BUDGET + 3 * startup), DEFAULT_BUDGET), saved
+    gain = math.exp(math.fsum(logs[:1]) + math.fsum(logs[1:]) / 2)
+    return training * (1.0 - 1.0 / max(gain, 1.1))
+
+
+def affordable(saved: float, spent: float, least: float) -> float | None:
+    """Seconds a whole search may take (what is `spent` included) so that it can pay for itself; None: it cannot.
+
+    Half of what it may save (seconds), but enough for `least`, the seconds in which something can be tried and
+    confirmed; never more than the default budget.
+    """
+    if saved < least:
+        return None
+    return min(max(saved / 2, spent + least), DEFAULT_BUDGET)
