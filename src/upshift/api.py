@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,16 +19,21 @@ import msgspec
 from upshift.errors import PlanError, RecordError, ScriptFailedError, UsageError
 from upshift.hardware import machine
 from upshift.hardware.device import device_name, kinds_here
+from upshift.hook import choosing
+from upshift.hook.choosing import Chosen
 from upshift.hook.process import HookRunner, command, environment
 from upshift.records import Finding, Measurement, Plan, Run, Trial, TuneReport, codec, planfile
-from upshift.records.fingerprint import changes, fingerprint
+from upshift.records.fingerprint import fingerprint
 from upshift.records.planfile import slug
 from upshift.records.runlog import LOG, RunLog, fold, new_id
+from upshift.records.verification import Verification, WholeRun
 from upshift.sites.runner import ChildSpec
 from upshift.techniques import registry
 
 if TYPE_CHECKING:
+    from upshift.hardware.health import Health
     from upshift.hook.diagnosing import Diagnosis
+    from upshift.search.selftest import SelftestReport
 
 # The start of `run` is the user's time: what only the other commands need is imported where they need it.
 
@@ -41,8 +48,24 @@ class Target:
     arguments: tuple[str, ...] = ()
     module: bool = False
 
+    @property
+    def starts_others(self) -> bool:
+        """Whether this is no Python script but a command: `torchrun`, `sh`, an executable that is no script."""
+        path = Path(self.name)
+        if self.module or path.suffix == ".py":
+            return False
+        if path.is_file():
+            return os.access(path, os.X_OK) and not _is_python_script(path)
+        return os.sep not in self.name and shutil.which(self.name) is not None
+
     def check(self) -> Target:
-        """Raises UsageError where there is no such script."""
+        """Raises UsageError where there is no such script, or it is a command that starts others."""
+        if self.starts_others:
+            script = next((item for item in self.arguments if item.endswith(".py")), "train.py")
+            raise UsageError(
+                f"{self.name} starts other programs; only upshift run follows those.",
+                remedy=f"Name the training script itself: {script}, as one process.",
+            )
         if not self.module:
             path = Path(self.name)
             if not path.exists():
@@ -54,12 +77,21 @@ class Target:
     @property
     def stem(self) -> Path:
         """Where files named after the target lie: beside the script, or in the current folder for a module."""
-        return Path(self.name).with_suffix("") if not self.module else Path(self.name.replace(".", "-"))
+        return choosing.stem(self.name, self.module)
 
     @property
     def plan_file(self) -> Path:
         """`train.upshift.toml` beside `train.py`."""
-        return Path(f"{self.stem}.upshift.toml")
+        return choosing.plan_beside(self.name, self.module)
+
+
+def _is_python_script(path: Path) -> bool:
+    """Whether an executable file is a person's Python script; launchers are written in Python, too."""
+    from upshift.hook.launched import LAUNCHERS
+
+    with path.open("rb") as file:
+        first = file.readline(256)
+    return first.startswith(b"#!") and b"python" in first and path.name not in LAUNCHERS
 
 
 @dataclass
@@ -401,9 +433,6 @@ def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ..
 
 # -- run -------------------------------------------------------------------------------------------------------------
 
-#: Rungs of the proof from weak to strong; bitwise losses are the strongest evidence of a trajectory.
-_RUNG_ORDER = {"none": 0, "update": 1, "trajectory": 2, "bitwise": 2, "metric": 3}
-
 
 @dataclass
 class RunOptions:
@@ -417,97 +446,188 @@ class RunOptions:
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The plan a run will use, and what to say about it."""
-
-    techniques: dict[str, dict[str, Any]]
-    file: str
-    notes: tuple[str, ...]
-
-
 def choose_plan(target: Target, options: RunOptions) -> Chosen:
-    """The plan for this script on this machine; the baseline, with the reason, where it no longer holds.
-
-    Raises:
-        PlanError: the file is no plan of this version, or names an unknown technique or setting.
-    """
-    if options.no_plan:
-        return Chosen({}, "", ("no plan, as asked: the run is only recorded",))
-    file = options.plan or target.plan_file
-    if not file.exists():
-        if options.plan is not None:
-            raise PlanError(f"there is no plan {file}.", remedy="Check the path, or run upshift tune first.")
-        return Chosen({}, "", (f"no plan beside {target.name}: the run is only recorded",))
-    plans = planfile.read(file)
-    for section, plan in plans.items():
-        registry.check_plan(plan, f"{file}: devices.{section}")
-    for kind in kinds_here():
-        device = device_name(kind)
-        found = plans.get(slug(device))
-        if found is not None:
-            return _still_good(target, options, file, found, device)
-    names = ", ".join(plan.device for plan in plans.values()) or "none"
-    if options.allow_stale and len(plans) == 1:
-        (only,) = plans.values()
-        return Chosen(only.techniques, str(file), (f"plan for another device ({names}) used, as asked",))
-    return Chosen({}, "", (f"{file} has no plan for this device (it has: {names}); training the baseline",))
+    """The plan for this script on this machine; see `hook.choosing`."""
+    spec = ChildSpec(mode="run", target=target.name, arguments=target.arguments, module=target.module)
+    return choosing.choose_plan(spec, _wanted(options))
 
 
-def _still_good(target: Target, options: RunOptions, file: Path, plan: Plan, device: str) -> Chosen:
-    now = fingerprint(
-        target.name, target.arguments, device, plan.techniques, files=plan.fingerprint.files, module=target.module
+def _wanted(options: RunOptions) -> choosing.Wanted:
+    return choosing.Wanted(
+        plan=str(options.plan or ""),
+        no_plan=options.no_plan,
+        allow_stale=options.allow_stale,
+        require=options.require,
     )
-    notes: list[str] = []
-    stale = changes(plan, now)
-    if stale and not options.allow_stale:
-        reasons = "; ".join(stale)
-        return Chosen({}, "", (f"{file} is stale: {reasons}. Training the baseline (--allow-stale overrides).",))
-    if stale:
-        notes.append(f"stale plan used, as asked: {'; '.join(stale)}")
-    if not plan.kept:
-        return Chosen({}, "", (f"{file} says: keep your baseline",))
-    rung = plan.proof.rung if plan.proof is not None else "none"
-    labelled = plan.proof is not None and bool(plan.proof.weaker)
-    least = options.require or ("update" if labelled else "trajectory")
-    if _RUNG_ORDER[rung] < _RUNG_ORDER[least]:
-        return Chosen({}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline",))
-    if plan.speedup is not None:
-        notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
-    if labelled and plan.proof is not None:
-        notes.append(f"weaker proof: {plan.proof.weaker}")
-    return Chosen(plan.techniques, str(file), tuple(notes))
 
 
 def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
-    """Replace this process by the hooked script: signals, standard streams and the exit code are its own."""
+    """Replace this process by the hooked script, or by a launcher whose Python processes find the hook.
+
+    Signals, standard streams and the exit code are its own.
+
+    Raises:
+        UsageError: no such script, or a launcher that cannot be started.
+        PlanError: a plan that cannot be read.
+    """
+    if target.starts_others:
+        _launch(target, options, say)
     target.check()
     chosen = choose_plan(target, options)
     for note in chosen.notes:
         say(note)
-    folder = (options.runs / new_id()).absolute()
-    RunLog(folder).close()
-    spec = ChildSpec(
-        mode="run",
-        target=target.name,
-        arguments=target.arguments,
-        module=target.module,
-        plan=chosen.techniques,
-        isolate=False,
-        record=str(folder),
-        scratch=str(folder),
-        options={
-            "plan_file": chosen.file,
-            "quiet": options.quiet,
-            "environment": {**machine.describe(), "device": device_name(kinds_here()[0])},
-        },
-    )
-    file = folder / "spec.json"
+    spec = _run_spec(target, options, {"plan_file": chosen.file, "guard": chosen.guard})
+    spec = msgspec.structs.replace(spec, plan=chosen.techniques)
+    RunLog(Path(spec.record)).close()
+    file = Path(spec.record) / "spec.json"
     file.write_bytes(msgspec.json.encode(spec))
     env = environment(chosen.techniques)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command(file), env)
+
+
+def _run_spec(target: Target, options: RunOptions, more: dict[str, Any]) -> ChildSpec:
+    folder = (options.runs / new_id()).absolute()
+    described = {**machine.describe(), "device": device_name(kinds_here()[0])}
+    return ChildSpec(
+        mode="run",
+        target=target.name,
+        arguments=target.arguments,
+        module=target.module,
+        isolate=False,
+        record=str(folder),
+        scratch=str(folder),
+        options={"quiet": options.quiet, "environment": described, **more},
+    )
+
+
+def _launch(target: Target, options: RunOptions, say: Say) -> NoReturn:
+    """Replace this process by a command that starts the training. Each process chooses its plan by itself."""
+    from upshift.hook import launched
+
+    if options.plan is not None:
+        choosing.read_plans(options.plan)
+        options = replace(options, plan=options.plan.absolute())
+    spec = _run_spec(target, options, {"wanted": msgspec.to_builtins(_wanted(options))})
+    folder = Path(spec.record)
+    RunLog(folder).close()
+    (folder / LOG).unlink()  # it was only to see that records can be written there
+    (folder / "launch.json").write_bytes(msgspec.json.encode(spec))
+    say(f"{target.name} starts; processes below it that train are recorded in {folder}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(target.name, [target.name, *target.arguments], launched.environment(folder / "launch.json"))
+    except OSError as error:
+        raise UsageError(
+            f"{target.name} cannot be started: {error.strerror}.", remedy="A shell script: upshift run -- sh NAME."
+        ) from None
+
+
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VerifyOptions:
+    """What `verify` is asked for; see `upshift verify --help`. Times in seconds, `margin` in the metric's unit."""
+
+    metric: str
+    regex: str | None = None
+    target: float | None = None
+    margin: float | None = None
+    seeds: int = 3
+    best: bool = False
+    price: float | None = None
+    plan: Path | None = None
+    allow_stale: bool = False
+    resume: bool = False
+    timeout: float = 24 * 3600.0
+    allow_remote_writes: bool = False
+
+
+def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None) -> Verification:
+    """Whole runs, stock and planned in turn, judged on the user's metric; the answer is written into the plan.
+
+    Raises:
+        UsageError: the metric was not found, or does not say which way is better.
+        PlanError: there is no plan that holds for this script and machine.
+        ScriptFailedError: a run failed.
+    """
+    from upshift.measure.metrics import Metric
+    from upshift.search.verify import Options, Verifier, conclude
+
+    target.check()
+    metric = Metric.parse(options.metric, options.target, options.regex)
+    chosen = choose_plan(target, RunOptions(plan=options.plan, allow_stale=options.allow_stale, require="none"))
+    if not chosen.techniques:
+        raise PlanError(
+            f"there is nothing to verify: {'; '.join(chosen.notes)}.",
+            remedy="Run upshift tune first, or name a --plan.",
+        )
+    device = device_name(kinds_here()[0])
+    mark = fingerprint(target.name, target.arguments, device, chosen.techniques, module=target.module)
+    wanted = Options(metric, options.seeds, options.margin, "best" if options.best else "last", options.price,
+                     options.timeout)  # fmt: skip
+    blank = Verification(
+        script=target.name,
+        arguments=target.arguments,
+        created=time.strftime("%Y-%m-%d %H:%M:%S"),
+        metric=metric.name,
+        mode=metric.mode,
+        techniques=chosen.techniques,
+        fingerprint=hashlib.sha256(codec.dumps(mark)).hexdigest(),
+        seeds=options.seeds,
+        margin=0.0,
+        margin_note="",
+        answer="not shown",
+        reason="interrupted",
+        target=options.target,
+        price=options.price,
+        take=wanted.take,
+    )
+    file = Path(".upshift") / "verify" / f"{slug(str(target.stem))}.json"
+    earlier = _runs_before(file, blank, options) if options.resume else ()
+    if earlier:
+        say(f"resuming: {len(earlier)} runs are known")
+
+    def save(runs: tuple[WholeRun, ...]) -> None:
+        codec.write(file, conclude(runs, wanted, blank))
+
+    spec = _child(
+        target, DiagnoseOptions(allow_remote_writes=options.allow_remote_writes, extra={"collect": True}), "run"
+    )
+    runs = Verifier(
+        HookRunner(extra={"PYTHONUNBUFFERED": "1"}), spec, chosen.techniques, wanted, say, save, earlier
+    ).run()
+    found = conclude(runs, wanted, blank)
+    codec.write(file, found)
+    _write_answer(Path(chosen.file), device, found)
+    return found
+
+
+def _runs_before(file: Path, blank: Verification, options: VerifyOptions) -> tuple[WholeRun, ...]:
+    try:
+        before = codec.read(file, Verification)
+    except RecordError:
+        return ()
+    same = (before.fingerprint, before.metric, before.mode) == (blank.fingerprint, blank.metric, blank.mode)
+    return tuple(run for run in before.runs if run.seed < options.seeds) if same else ()
+
+
+def _write_answer(file: Path, device: str, found: Verification) -> None:
+    """A plan that is as good reaches the rung `metric`; one that is worse loses its proof."""
+    plan = planfile.read(file).get(slug(device))
+    if plan is None or plan.proof is None or found.answer == "not shown":
+        return
+    good = found.answer == "as good"
+    proof = msgspec.structs.replace(
+        plan.proof,
+        rung="metric" if good else "none",
+        passed=good,
+        reason=f"{found.metric}: {found.answer} over {found.seeds} seeds; {found.reason}",
+    )
+    planfile.write(file, msgspec.structs.replace(plan, proof=proof))
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
@@ -519,10 +639,12 @@ def latest_run(runs: Path = Path(".upshift/runs")) -> Path:
     Raises:
         RecordError: there is none.
     """
-    found = sorted(path.parent for path in runs.glob(f"*/{LOG}"))
+    found = [path.parent for pattern in (f"*/{LOG}", f"*/*/{LOG}") for path in runs.glob(pattern)]
     if not found:
         raise RecordError(f"there is no run in {runs}.", remedy="Start one with upshift run train.py.")
-    return found[-1]
+    newest = max(path.relative_to(runs).parts[0] for path in found)
+    # Of a launch, its first rank.
+    return min(path for path in found if path.relative_to(runs).parts[0] == newest)
 
 
 def load(path: Path) -> Run | TuneReport | dict[str, Plan]:
@@ -532,6 +654,9 @@ def load(path: Path) -> Run | TuneReport | dict[str, Plan]:
         RecordError, PlanError: it is none of these.
     """
     if path.is_dir():
+        ranks = sorted(item.parent.name for item in path.glob(f"*/{LOG}"))
+        if ranks and not (path / LOG).exists():
+            raise RecordError(f"{path} holds several runs.", remedy=f"Name one of them: {', '.join(ranks)}.")
         return fold(path)
     if not path.exists():
         raise RecordError(f"there is no record {path}.", remedy="Name a run folder, a plan or a report.")
@@ -550,3 +675,33 @@ def report_behind(plan_file: Path) -> TuneReport | None:
         if file.exists():
             return codec.read(file, TuneReport)
     return None
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+def doctor(say: Say = lambda text: None) -> Health:
+    """What of this machine stands in the way of training and of trials."""
+    from upshift.errors import NotIsolatedError
+    from upshift.hardware.health import look
+    from upshift.hook import isolate
+    from upshift.techniques.allocator import find_library
+
+    say("looking at this machine")
+    rung, problem = "", ""
+    try:
+        rung = isolate.probe()
+    except NotIsolatedError as error:
+        problem = error.message
+    found = {kind: str(path) for kind in ("tcmalloc", "jemalloc") if (path := find_library(kind, os.environ))}
+    return look(rung, problem, found)
+
+
+def selftest(seconds: float, say: Say = lambda text: None) -> SelftestReport:
+    """Trials whose truth is known, for about `seconds`: how often upshift is wrong on this machine, and what it sees.
+
+    Ends early, with what is known by then, on KeyboardInterrupt.
+    """
+    from upshift.search.selftest import Selftest
+
+    return Selftest(HookRunner(), seconds, say).run()

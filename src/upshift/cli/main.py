@@ -15,9 +15,11 @@ COMMANDS = {
     "diagnose": "Where the time of a training script goes, and what would help.",
     "tune": "Try techniques on a script; keep what is faster and proven as good.",
     "run": "Train with the plan: guarded, monitored, recorded.",
+    "verify": "Whole runs, with and without the plan: is your own metric as good?",
     "compare": "Two runs side by side.",
     "report": "Draw any record again.",
     "explain": "The catalogue of techniques and findings.",
+    "doctor": "Is this machine fit, and how often would upshift be wrong on it?",
 }
 
 EPILOG = """\b
@@ -28,7 +30,8 @@ Options go before TARGET; everything after it belongs to the script.
   upshift report --open
 \b
 Exit codes: 0 done ("keep your baseline" too), 2 usage, 3 plan or record unreadable, 4 no training seen,
-5 the script failed, 6 disk or permissions, 7 not isolated, 8 package missing, 130 Ctrl-C.
+5 the script failed, 6 disk or permissions, 7 not isolated, 8 package missing, 9 not shown
+to be as good (verify), 130 Ctrl-C.
 `upshift run` exits as the script does."""
 
 

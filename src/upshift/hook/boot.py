@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from upshift.errors import UpshiftError, UsageError
 from upshift.hook import script, seeding
+from upshift.hook.assemble import assemble, torch_is_here
 from upshift.hook.channel import VARIABLE, Channel
 from upshift.hook.controller import Controller
 from upshift.hook.imports import AfterImport
-from upshift.hook.script import clean_excepthook, has_main_guard, run_module, run_script
-from upshift.hook.watch import Watch
-from upshift.sites import ProcessStart, Stage
+from upshift.hook.script import clean_excepthook, run_module, run_script
 from upshift.sites.runner import ChildSpec
+
+if TYPE_CHECKING:
+    from upshift.hook.offspring import Offspring
 
 #: Environment variable with what came of techniques that only change the environment (JSON: name -> why no effect).
 OUTSIDE = "UPSHIFT_OUTSIDE"
@@ -67,6 +71,21 @@ def _isolate(spec: ChildSpec, channel: Channel) -> None:
     channel.send({"kind": "isolation", "rung": isolation.rung, "detail": isolation.detail})
 
 
+def _collect(spec: ChildSpec, imports: AfterImport) -> Callable[[], None]:
+    """What a whole run under verification needs: other seeds, and a copy of what it logs. Returns what ends it."""
+    if spec.options.get("seed_shift"):
+        seeding.shift(int(spec.options["seed_shift"]), imports)
+    if not spec.options.get("collect"):
+        return lambda: None
+    from upshift.hook.scalars import Scalars
+    from upshift.hook.written import Written
+
+    Scalars(Path(spec.record)).install(imports)
+    written = Written(Path(spec.record))
+    written.install()
+    return written.close
+
+
 def start(spec: ChildSpec, channel: Channel | None) -> None:
     """Run the target of `spec`. Returns or raises as the script does.
 
@@ -76,40 +95,41 @@ def start(spec: ChildSpec, channel: Channel | None) -> None:
     Raises:
         UsageError: there is nothing to run.
     """
-    from upshift.techniques import registry
-
     controller = _controller(spec, channel)
-    stage = Stage(registry.in_order(spec.plan), controller.say)
-    stage.outside = json.loads(os.environ.pop(OUTSIDE, "{}"))
-    guard = not spec.module and has_main_guard(spec.target)
-    watch = Watch(
-        stage,
-        controller.on_step,
-        rescue=controller.rescue,
-        on_loss=controller.on_loss,
-        scratch=spec.scratch,
-        main_guard=guard,
-        window=controller.window,
-    )
-    controller.attach(stage, watch)
+    watch = assemble(spec, controller, json.loads(os.environ.pop(OUTSIDE, "{}")))
     imports = AfterImport()
 
+    @functools.cache
+    def offspring() -> Offspring:
+        from upshift.hook.offspring import Offspring
+
+        return Offspring(spec, watch)
+
     def torch_ready(torch: ModuleType) -> None:
+        if os.getpid() != watch.pid:
+            # The script forked before it imported torch: this process speaks for itself.
+            if spec.mode == "run":
+                offspring().born(torch)
+            return
         if spec.seed is not None:
             torch.manual_seed(spec.seed)
-        watch.install(torch)
-        stage.raise_site(ProcessStart())
-        controller.torch_ready(torch)
+        torch_is_here(torch, controller)
+        if spec.mode == "run":
+            offspring().forked(torch)
 
+    if spec.mode == "run":
+        imports.on("multiprocessing.spawn", lambda spawn: offspring().spawned(spawn))
     if spec.seed is not None:
         seeding.seed(spec.seed, imports)
     imports.on("torch", torch_ready)
+    collected = _collect(spec, imports)
     ending: list[BaseException] = []
 
     def finish() -> None:
         if os.getpid() == watch.pid:
             controller.finish(ending[0] if ending else None)
-            stage.close()
+            collected()
+            watch.stage.close()
             watch.close()
 
     # Registered first, so it runs last.

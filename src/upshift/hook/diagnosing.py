@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from upshift.errors import NotIsolatedError, NoTrainingError, ScriptFailedError, UpshiftError, UsageError
+from upshift.measure.metrics import pairs, suggestions
 from upshift.records import Measurement
 from upshift.sites.runner import ChildSpec, Runner
 
@@ -71,7 +72,8 @@ def observe(
                 if "measurement" not in message:
                     _explain_nothing(spec, message, child.output())
                 measurement = msgspec.convert(message["measurement"], Measurement)
-                measurement = msgspec.structs.replace(measurement, isolation=isolation)
+                notes = (*measurement.notes, *_metrics_in(child.output()))
+                measurement = msgspec.structs.replace(measurement, isolation=isolation, notes=notes)
                 trace = child.record / "trace.json"
                 if trace_to is not None and trace.exists():
                     trace_to.write_bytes(trace.read_bytes())
@@ -81,6 +83,16 @@ def observe(
                 )  # fmt: skip
     finally:
         child.kill()
+
+
+def _metrics_in(output: str) -> list[str]:
+    """A note on numbers in the output that look like a metric of an evaluation."""
+    names = [name for line in output.splitlines() for name, _ in pairs(line)]
+    found = suggestions(names)
+    if not found:
+        return []
+    options = " or ".join(f"--metric '{name}'" for name in found[:3])
+    return [f"the script prints a metric: upshift verify {options} can hold a plan to it"]
 
 
 def refusal(message: dict[str, Any]) -> UpshiftError:

@@ -24,6 +24,8 @@ from upshift.hook.boot import OUTSIDE, spec_bytes
 from upshift.hook.channel import VARIABLE, Channel, ChannelClosed
 from upshift.hook.isolate import remove_scratch
 from upshift.hook.isolate.trackers import trial_environment
+from upshift.hook.scalars import FILE as SCALARS
+from upshift.hook.written import SUFFIXES
 from upshift.records.plan import Setting
 from upshift.sites import NoEffect, ProcessEnv
 from upshift.sites.runner import ChildGone, ChildSpec
@@ -146,6 +148,11 @@ class HookedChild:
         available = min(int(psutil.virtual_memory().available), max(memory_limit() - held, 0))
         return held, available
 
+    def written(self) -> list[Path]:
+        """The script's output, and copies of what it logs and writes as text."""
+        copies = [file for file in self.record.glob("[0-9]*.*") if file.suffix in SUFFIXES]
+        return [self._scratch / "output.txt", self.record / SCALARS, *sorted(copies)]
+
     def output(self) -> str:
         """The tail of what the script wrote."""
         if self._output:
@@ -213,9 +220,16 @@ def _runs(process: psutil.Process) -> bool:
 class HookRunner:
     """Starts hooked children. `python` is the interpreter of the script's environment."""
 
-    def __init__(self, python: str = sys.executable, scratch: Path | None = None) -> None:
+    def __init__(
+        self, python: str = sys.executable, scratch: Path | None = None, extra: dict[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+            extra: environment variables for every child.
+        """
         self.python = python
         self.base = scratch
+        self.extra = dict(extra or {})
 
     def start(self, spec: ChildSpec, *, name: str = "") -> HookedChild:
         """Start a child for `spec`; `scratch` and `record` of the spec are filled in here.
@@ -244,6 +258,7 @@ class HookRunner:
             raise OSError(errno.ENOSPC, "less than 64 MiB are free")
         env = environment(spec.plan)
         env.update(trial_environment(scratch / "trackers"))
+        env.update(self.extra)
         ours, theirs = socket.socketpair()
         env.update({VARIABLE: str(theirs.fileno()), MARK: str(scratch)})
         env["PYTHONHASHSEED"] = str((spec.seed or 0) % 2**32)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement as Span
-from rich.padding import Padding
 from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
@@ -22,6 +21,13 @@ from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
 from upshift.report import digest, sentences, words
+from upshift.report.blocks import facts as _facts
+from upshift.report.blocks import grid as _grid
+from upshift.report.blocks import head as _head
+from upshift.report.blocks import indent as _indent
+from upshift.report.blocks import joined as _join
+from upshift.report.blocks import line as _text
+from upshift.report.blocks import title as _title
 
 _OUTCOMES = {"faster": "green", "slower": "yellow", "failed": "red", "no change": "dim"}
 _SEVERITY = {"major": "bold yellow", "minor": "yellow", "note": "dim"}
@@ -52,46 +58,6 @@ class Bar:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Span:
         return Span(min(4, options.max_width), options.max_width)
-
-
-def _text(text: object, style: str = "") -> Text:
-    return Text(words.clean(text), style=style, overflow="fold")
-
-
-def _join(parts: Iterable[str], style: str = "") -> Text:
-    return _text(" · ".join(part for part in parts if part), style)
-
-
-def _title(verb: str, script: str, arguments: tuple[str, ...]) -> Text:
-    title = Text(f"upshift {verb}  ", style="bold", overflow="fold")
-    title.append(words.command_text(script, arguments), style="cyan")
-    return title
-
-
-def _head(title: str) -> Text:
-    return Text(title, style="bold")
-
-
-def _indent(renderable: RenderableType, left: int = 2) -> Padding:
-    return Padding(renderable, (0, 0, 0, left))
-
-
-def _facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    """Two columns: a name and what is known of it."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", overflow="fold", max_width=26)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(_text(name), value if isinstance(value, Text) else _text(value))
-    return table
-
-
-def _grid(*columns: tuple[str, str], header: bool = True) -> Table:
-    """A table without borders; columns as (title, justification)."""
-    table = Table(box=None, show_header=header, header_style="dim", padding=(0, 1), pad_edge=False, expand=False)
-    for title, justify in columns:
-        table.add_column(title, justify="right" if justify == "right" else "left", overflow="fold")
-    return table
 
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:

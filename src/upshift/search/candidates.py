@@ -27,6 +27,8 @@ class Candidate(Record, frozen=True):
     """Phases it acts on."""
     fills: bool = False
     """Reaches its steady state only after an epoch (a cache of the data)."""
+    prepares: bool = False
+    """Does work of its own before the first step (compiles)."""
 
     @property
     def label(self) -> str:
@@ -81,6 +83,7 @@ def candidates(
                     reason=verdict.reason,
                     targets=frozenset(card.targets),
                     fills=card.one_off and "data" in card.targets,
+                    prepares=card.one_off and "data" not in card.targets,
                 )
             )
     found.sort(key=lambda item: -item.gain)

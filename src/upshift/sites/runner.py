@@ -58,6 +58,9 @@ class Child(Protocol):
     def memory(self) -> tuple[int, int]:
         """Bytes this child and its processes hold, and bytes still available on the machine."""
 
+    def written(self) -> list[Path]:
+        """Text files the script has written so far: its output first, then logged scalars, CSV, JSON and logs."""
+
     def output(self) -> str:
         """The tail of what the script wrote on stdout and stderr."""
 
