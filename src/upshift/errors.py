@@ -7,7 +7,9 @@ UpshiftError                 1   anything upshift itself refuses or cannot do
 ├── ScriptFailedError        5   the script crashed or ended before enough was seen
 ├── EnvironmentError_        6   disk full, read-only folder, missing compiler
 ├── NotIsolatedError         7   a trial could not be kept away from the user's files
-└── MissingExtraError        8   an optional package is not installed
+├── MissingExtraError        8   an optional package is not installed
+├── NotShownError            9   `verify`: the plan is worse, or was not shown to be as good
+└── RecordError              3   a record that cannot be read
 
 `run` passes the script's own exit code through. 130 is Ctrl-C.
 """
@@ -74,6 +76,12 @@ class MissingExtraError(UpshiftError):
     """An optional package is needed and not installed."""
 
     exit_code = 8
+
+
+class NotShownError(UpshiftError):
+    """A plan is worse than stock on the user's metric, or was not shown to be as good."""
+
+    exit_code = 9
 
 
 class RecordError(UpshiftError):

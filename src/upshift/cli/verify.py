@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from upshift.cli import show
+from upshift.errors import NotShownError
+
+_REMEDY = {
+    "worse": "The plan has lost its proof; upshift run trains the baseline.",
+    "not shown": "More --seeds or a wider --margin may show it; --resume keeps the runs made.",
+}
 
 
 @click.command("verify", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
@@ -85,4 +90,4 @@ def command(
     if json_file:
         show.write_json(json_file, result)
     if result.answer != "as good":
-        sys.exit(9)
+        raise NotShownError(f"{result.answer}: {result.reason}.", remedy=_REMEDY[result.answer])
