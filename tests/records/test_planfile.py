@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from upshift.errors import PlanError
 from upshift.records import planfile
 from upshift.records.plan import Fingerprint, Kept, Plan, Rejected
-from upshift.records.trial import Proof, UpdateCheck
+from upshift.records.trial import Band, Proof, UpdateCheck
 
 PRINT = Fingerprint(script="a", sources="b", arguments="--x", device="cpu", versions="v", files=("m.py",), settings="s")
 
@@ -23,7 +23,8 @@ def plan(**more):
 FULL = plan(
     speedup=1.5, low=1.4, high=1.6, pairs=12, break_even_steps=3.0, one_off_seconds=0.5, step_seconds=0.01,
     proof=Proof(rung="trajectory", passed=True, reason="r", steps=9, lag=0.001, stock_losses=(1.0,), weaker="",
-                updates=(UpdateCheck(step=1, cosine=1.0, norm_ratio=1.0, relative_error=0.0, noise=None),)),
+                updates=(UpdateCheck(step=1, cosine=1.0, norm_ratio=1.0, relative_error=0.0, noise=None),),
+                band=Band(first=(0, 4), length=(4, 5), mean=(2.5, 2.0), spread=(0.1, 0.1), between=(0.5, 0.25))),
     kept=(Kept(name="threads", settings={"count": 2, "on": True, "x": 0.5, "s": "t"}, speedup=1.5, low=1.4),),
     rejected=(Rejected(name="bf16", reason='a "quoted"\nline \\ é', settings={"a": 1}),),
 )  # fmt: skip
@@ -129,6 +130,39 @@ def test_what_is_no_plan_is_refused_with_its_place(tmp_path, content, names):
     with pytest.raises(PlanError) as error:
         planfile.read(tmp_path / "p.toml")
     assert names in error.value.message and error.value.remedy
+
+
+BAND = {"first": "[0, 4]", "length": "[4, 4]", "mean": "[2.0, 1.0]", "spread": "[0.1, 0.1]", "between": "[0.1, 0.1]"}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "names"),
+    [
+        ("mean", "[2.0]", "differ in size"),
+        ("mean", "[2.0, nan]", "not finite"),
+        ("between", "[inf, 0.1]", "not finite"),
+        ("spread", "[0.1, -0.1]", "negative"),
+        ("length", "[5, 4]", "overlap"),
+        ("length", "[4, 0]", "holds none"),
+        ("first", "[-4, 4]", "before the first step"),
+        ("first", '["0", 4]', "proof.band.first[0]"),
+        ("mean", "[]", "differ in size"),
+        ("extra", "1", "extra"),
+        ("first", str(list(range(0, 1320, 40))), "1 to 32 windows"),
+    ],
+)
+def test_band_that_cannot_be_is_refused(tmp_path, column, values, names):
+    def text(band):
+        inside = ", ".join(f"{key} = {value}" for key, value in band.items())
+        return section() + f'\nproof = {{rung = "update", passed = true, reason = "", band = {{{inside}}}}}\n'
+
+    file = tmp_path / "p.toml"
+    file.write_text(text(BAND))
+    assert planfile.read(file)["cpu"].proof.band.horizon == 8
+    file.write_text(text({**BAND, column: values}))
+    with pytest.raises(PlanError) as error:
+        planfile.read(file)
+    assert names in error.value.message and "devices.cpu.proof.band" in error.value.message
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", bytes(range(256))])

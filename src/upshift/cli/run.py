@@ -15,7 +15,7 @@ from upshift.cli import show
 @click.option("--allow-stale", is_flag=True, help="Use the plan although script, device or versions have changed.")
 @click.option(
     "--require",
-    type=click.Choice(["none", "update", "trajectory"]),
+    type=click.Choice(["none", "update", "trajectory", "metric"]),
     help="The least rung of the proof a plan must have reached.  [default: trajectory, or update where labelled]",
 )
 @click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=Path(".upshift/runs"),
@@ -37,11 +37,15 @@ def command(
     The script behaves as under python: arguments, exit code, exceptions, signals, standard streams. If the loss
     stops being finite, or a technique raises, the techniques come off and training goes on without them.
 
+    TARGET may be a launcher: it is started as it is, and every Python process below it that trains gets the plan of
+    its script and a record of its own.
+
     \b
     Examples:
       upshift run train.py --epochs 30
       upshift run --plan fast.toml --require trajectory train.py
       upshift run --no-plan train.py
+      upshift run -- torchrun --nproc-per-node 2 train.py
     """
     from upshift import api
 

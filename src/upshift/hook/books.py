@@ -256,6 +256,10 @@ class Books:
         if self.steps:
             self._boundary(self._last_boundary)
 
+    def end_window(self) -> None:
+        """Let the window under way end with the step under way."""
+        self._until = 0.0
+
     def _step_timed(self, end: float) -> None:
         """A step ended that was timed from its beginning, or from when the books were woken."""
         took = end - self._last_boundary

@@ -117,7 +117,7 @@ def _explain_nothing(spec: ChildSpec, message: dict[str, Any], output: str) -> N
     if message.get("backward"):
         remedy = "A backward pass was seen, but no torch.optim optimizer stepped; updates by hand are not seen."
     elif message.get("torch"):
-        remedy += " A script that trains in processes it starts itself (mp.spawn, torchrun) is not covered yet."
+        remedy += " Trainings in processes that a script starts itself can be run and recorded, but not diagnosed."
     raise NoTrainingError(f"{spec.target} ended {what}.", remedy=remedy)
 
 

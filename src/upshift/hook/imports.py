@@ -38,7 +38,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     """Runs callbacks after the first import of the modules named."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[str, Callable[[ModuleType], None]] = {}
+        self._callbacks: dict[str, list[Callable[[ModuleType], None]]] = {}
         self._busy: set[str] = set()
 
     def on(self, name: str, callback: Callable[[ModuleType], None]) -> None:
@@ -46,7 +46,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
         if name in sys.modules:
             callback(sys.modules[name])
             return
-        self._callbacks[name] = callback
+        self._callbacks.setdefault(name, []).append(callback)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
@@ -63,8 +63,13 @@ class AfterImport(importlib.abc.MetaPathFinder):
             self._busy.discard(fullname)
         if spec is None or spec.loader is None:
             return None
-        callback = self._callbacks.pop(fullname)
+        # Whoever asks may only want to know whether the module is there: the callbacks wait for its import.
+        spec.loader = _After(spec.loader, lambda module: self._imported(fullname, module))
+        return spec
+
+    def _imported(self, name: str, module: ModuleType) -> None:
+        callbacks = self._callbacks.pop(name, [])
         if not self._callbacks and self in sys.meta_path:
             sys.meta_path.remove(self)
-        spec.loader = _After(spec.loader, callback)
-        return spec
+        for callback in callbacks:
+            callback(module)

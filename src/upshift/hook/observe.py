@@ -18,6 +18,7 @@ from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.horizon import Horizon
 from upshift.hook.overhead import fault_seconds, watching_cost
 from upshift.hook.patch import Patches
+from upshift.hook.recipe import Recipe
 from upshift.hook.syncs import Syncs
 from upshift.measure.anatomy import anatomy
 from upshift.measure.facts import loader_facts, model_facts, optimizer_facts, process_facts
@@ -55,6 +56,7 @@ class DiagnoseController(Controller):
         self.horizon = Horizon()
         self.horizon.install()
         self.patches = Patches()
+        self.recipe = Recipe()
         self.seen = {"autocast": False, "scaler": False, "attention": False, "seeded": False}
         self.first_step: float | None = None
         self.told = 0.0
@@ -99,6 +101,7 @@ class DiagnoseController(Controller):
             return seed(value)
 
         patches.set(torch, "manual_seed", manual_seed)
+        self.recipe.install(torch)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -114,9 +117,12 @@ class DiagnoseController(Controller):
         loss = total_loss(values)
         if loss is not None:
             self.losses.append(loss)
+        self.recipe.on_step(self.watch, record)
         if self.first_step is None:
             self.first_step = now
             self._start_sampler()
+            if not self._compiled():  # compiled code would be compiled anew
+                self.recipe.listen(self.torch)
         if self.counter is not None:
             self.left_out.add(record.number)
             self.count = self.counter.stop()
@@ -195,13 +201,14 @@ class DiagnoseController(Controller):
 
     def _end(self, how: str, code: int | None = None, hold: bool = True) -> None:
         self.done = True
+        _flush()
         if self.sampler is not None:
             self.sampler.stop()
         message: dict[str, Any] = {"kind": "diagnosis", "how": how, "code": code, "steps": len(self.records)}
         if self.records and self.torch is not None:
             message["measurement"] = msgspec.to_builtins(self.measurement())
             message["count"] = None if self.count is None else msgspec.to_builtins(self.count)
-            message["files"] = self._files()
+            message["files"] = [str(file) for file in self._files()]
         else:
             message["torch"] = self.torch is not None
             message["backward"] = self.watch.loss_seen
@@ -209,19 +216,20 @@ class DiagnoseController(Controller):
         if hold:
             self._hold()
 
-    def _files(self) -> list[str]:
-        """The script and the modules beside it that it imported: what a plan depends on."""
-        if self.spec.module:
-            folder = Path.cwd()
-        else:
-            folder = Path(self.spec.target).resolve().parent
+    def _folder(self) -> Path:
+        """Where the script's own sources lie."""
+        return Path.cwd() if self.spec.module else Path(self.spec.target).resolve().parent
+
+    def _files(self) -> list[Path]:
+        """The script and the modules beside it that it imported: what a plan depends on. Relative to their folder."""
+        folder = self._folder()
         found = set()
         for module in list(sys.modules.values()):
             name = getattr(module, "__file__", None)
             if isinstance(name, str) and name.endswith(".py"):
                 path = Path(name)
                 if path.is_relative_to(folder) and "site-packages" not in path.parts and path.exists():
-                    found.add(str(path.relative_to(folder)))
+                    found.add(path.relative_to(folder))
         return sorted(found)[:500]
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -342,6 +350,9 @@ class DiagnoseController(Controller):
             fault_seconds=fault_seconds(),
             steps_total=self.horizon.steps(per_epoch, batches_per_step),
             distributed=self._distributed(),
+            recipe=self.recipe.facts(
+                watch, self.records, self.losses, [self._folder() / file for file in self._files()]
+            ),
             **process,
         )
 
@@ -371,3 +382,12 @@ def _per_step(line: LineCost, step: float | None) -> LineCost:
         n=share.n,
     )
     return msgspec.structs.replace(line, seconds=seconds)
+
+
+def _flush() -> None:
+    """What the script has printed must be seen although it never ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass

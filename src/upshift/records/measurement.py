@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from upshift.records.quantity import Quantity, Record
+from upshift.records.recipe import RecipeFacts
 
 #: Phases of a training step, in the order they are shown. They sum to the step; `other` is the remainder.
 PHASES = ("data", "h2d", "forward", "loss", "backward", "optimizer", "sync", "other")
@@ -87,6 +88,8 @@ class Floor(Record, frozen=True):
     arithmetic_floor: Quantity
     bandwidth_floor: Quantity
     note: str = ""
+    by_phase: dict[str, float] = {}
+    """FLOPs of `forward`, `backward` and `optimizer`, where they were counted."""
 
 
 class ModelFacts(Record, frozen=True):
@@ -166,6 +169,8 @@ class ScriptFacts(Record, frozen=True):
     frameworks: tuple[str, ...] = ()
     steps_total: int | None = None
     """Steps the whole script would make, where it could be inferred from its loader and arguments."""
+    recipe: RecipeFacts | None = None
+    """None where the script was not watched for it."""
 
 
 class Measurement(Record, frozen=True):

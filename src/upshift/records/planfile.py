@@ -86,7 +86,10 @@ def write(path: Path, plan: Plan) -> None:
         for long in ("stock_losses", "planned_losses"):
             proof.pop(long, None)
         updates = proof.pop("updates", [])
+        band = proof.pop("band", None)
         proof_table = _table(proof)
+        if band is not None:
+            proof_table.add("band", _table(band))
         if updates:
             array = tomlkit.aot()
             for item in updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from upshift.records.finding import Finding
@@ -13,6 +14,9 @@ Outcome = Literal["faster", "slower", "no change", "failed", "not applicable", "
 
 #: Rungs of the proof in order of strength.
 RUNGS: tuple[Rung, ...] = ("none", "update", "trajectory", "metric")
+
+#: Windows of a band.
+MOST_WINDOWS = 32
 
 
 class TrialSpec(Record, frozen=True):
@@ -60,6 +64,46 @@ class UpdateCheck(Record, frozen=True):
     passed: bool = False
 
 
+class Band(Record, frozen=True):
+    """What the stock loss did in the confirmation, in windows of steps (0 is the first): what `run` is held against.
+
+    `mean` of the loss over steps `first` to `first + length - 1`; `spread`: standard deviation of the loss of one step
+    around its trend there; `between`: standard deviation from one seed to another, in the unit of the loss. `seeds`
+    says whether `between` was measured, or is an allowance (see `measure/band.py`).
+
+    Raises:
+        ValueError: sizes that differ, no window or more than `MOST_WINDOWS`, windows out of order, figures that are
+            not finite or negative where they cannot be.
+    """
+
+    first: tuple[int, ...]
+    length: tuple[int, ...]
+    mean: tuple[float, ...]
+    spread: tuple[float, ...]
+    between: tuple[float, ...]
+    seeds: Literal["allowed", "measured"] = "allowed"
+
+    def __post_init__(self) -> None:
+        count = len(self.first)
+        if not 1 <= count <= MOST_WINDOWS:
+            raise ValueError(f"a band has 1 to {MOST_WINDOWS} windows, this one {count}")
+        if any(len(column) != count for column in (self.length, self.mean, self.spread, self.between)):
+            raise ValueError("the columns of the band differ in size")
+        if min(self.first) < 0 or min(self.length) < 1:
+            raise ValueError("a window of the band begins before the first step or holds none")
+        if any(a + n > b for a, n, b in zip(self.first, self.length, self.first[1:], strict=False)):
+            raise ValueError("the windows of the band overlap or are out of order")
+        if not all(map(math.isfinite, (*self.mean, *self.spread, *self.between))):
+            raise ValueError("the band has a figure that is not finite")
+        if min(*self.spread, *self.between) < 0.0:
+            raise ValueError("a spread of the band is negative")
+
+    @property
+    def horizon(self) -> int:
+        """Steps from the beginning of training that the band reaches to."""
+        return self.first[-1] + self.length[-1]
+
+
 class Proof(Record, frozen=True):
     """What was shown about quality: the rung reached, and how fine the evidence is.
 
@@ -80,6 +124,9 @@ class Proof(Record, frozen=True):
     """Why the proof is weaker than usual (flat loss, two optimizers), empty where it is not."""
     stock_losses: tuple[float, ...] = ()
     planned_losses: tuple[float, ...] = ()
+    band: Band | None = None
+    no_band: str = ""
+    """Why there is no band, empty where there is one."""
 
 
 class Trial(Record, frozen=True):

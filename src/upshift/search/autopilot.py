@@ -26,20 +26,18 @@ from upshift.search.confirm import Confirmation, confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel
 from upshift.search.screening import LiveScreen, ProcessScreen
 from upshift.sites import Numerics, Technique
+from upshift.sites.risk import COARSE, RISK, suspicion
 from upshift.sites.runner import ChildSpec, Runner
 from upshift.units import seconds as in_words
 
 #: Shares of the budget.
 LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 0.10
 
-#: From the least to the most that can go wrong; what fails a proof is dropped from the end of this order first.
-_RISK = {Numerics.BITWISE: 0, Numerics.ROUNDING: 1, Numerics.RESEEDS: 2, Numerics.CHANGES_TRAINING: 3}
+#: The least seconds of a live trial; what a compiler is expected to take before the first step.
+LIVE_SECONDS, PREPARING = 4.0, 25.0
 
 #: Why a trial is not made although time is left.
 KEPT = "what is left of the budget is kept for the confirmation; a larger --budget buys this trial"
-
-#: Precisions from fine to coarse.
-_COARSE = ("optimizer", "float32", "bfloat16")
 
 
 @dataclass
@@ -248,11 +246,11 @@ class Autopilot:
     def _by_promise(self, live: list[Candidate], process: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
         """Live candidates to try before the process ones, and those that can wait.
 
-        Alternating inside one process is cheap while steps are fast. Where they are slow, what promises nothing
-        must not use up the time of what does.
+        Alternating inside one process is cheap while steps are fast. Where they are slow, or the budget small, what
+        promises nothing must not use up the time of what does.
         """
         best = max((item.gain for item in process), default=1.0)
-        slow = len(live) * 6 * 4 * self.step > self.options.budget * LIVE_SHARE
+        slow = len(live) * max(6 * 4 * self.step, LIVE_SECONDS) > self.options.budget * LIVE_SHARE
         if not slow or best < 1.08:
             return live, []
         return [item for item in live if item.gain >= best], [item for item in live if item.gain < best]
@@ -261,7 +259,7 @@ class Autopilot:
         if not found:
             return base
         share = self.options.budget * LIVE_SHARE - self.startup
-        each = min(max(share / len(found), 4.0, 6 * 4 * self.step), 15.0 + 30 * self.step)
+        each = min(max(share / len(found), LIVE_SECONDS, 6 * 4 * self.step), 15.0 + 30 * self.step)
         screen = LiveScreen(self._duel, self.say, base)
         try:
             for candidate in found:
@@ -294,6 +292,8 @@ class Autopilot:
                         )
                         continue
                     cost += epoch
+                if candidate.prepares:
+                    cost += PREPARING
                 if self._left() - cost < self._reserve():
                     self._skipped(candidate, KEPT, screen.base)
                     continue
@@ -352,10 +352,11 @@ class Autopilot:
                     self._duel,
                     plan,
                     seconds,
-                    numerics=max(kinds.values(), key=lambda kind: _RISK[kind]),
-                    precision=max((self.techniques[name].card.precision for name in plan), key=_COARSE.index),
+                    numerics=max(kinds.values(), key=RISK.__getitem__),
+                    precision=max((self.techniques[name].card.precision for name in plan), key=COARSE.index),
                     live=live,
                     has_dropout=has_dropout,
+                    rescaled=self.seen.facts.grad_scaler,
                     steps_per_epoch=self.steps_per_epoch,
                     fills=any(self.techniques[name].card.one_off and "data" in self.techniques[name].card.targets
                               for name in plan),
@@ -390,8 +391,8 @@ class Autopilot:
         return last
 
     def _riskiest(self, plan: ArmPlan, kinds: Mapping[str, Numerics]) -> str:
-        """The technique most likely to have failed a proof: the least exact kind, then the coarsest precision."""
-        return max(plan, key=lambda name: (_RISK[kinds[name]], _COARSE.index(self.techniques[name].card.precision)))
+        """The technique most likely to have failed a proof."""
+        return max(plan, key=lambda name: suspicion(kinds[name], self.techniques[name].card.precision))
 
     # -- the outcome ---------------------------------------------------------------------------------------------
 

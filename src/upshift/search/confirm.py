@@ -14,11 +14,13 @@ from typing import Any
 
 import msgspec
 
+from upshift.measure.band import band_of
 from upshift.measure.lag import lag
 from upshift.measure.paired import Sequential
 from upshift.records import Pairing, Proof
 from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
+from upshift.search.alike import parted
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
 from upshift.search.screening import compare_live, one_off_seconds, with_epochs, within_reach
 from upshift.search.updates import Precision, check_updates
@@ -90,6 +92,7 @@ def confirm(
     precision: Precision,
     live: Mapping[str, bool],
     has_dropout: bool,
+    rescaled: bool = False,
     steps_per_epoch: float | None,
     fills: bool,
     targets: frozenset[str],
@@ -102,6 +105,7 @@ def confirm(
         numerics: the weakest kind among the techniques of the plan.
         precision: the coarsest among the techniques of the plan: what the updates may differ by.
         live: technique -> whether it can be switched off alone, for leave-one-out attribution.
+        rescaled: the script scales its loss by a factor that changes (a GradScaler).
         targets: phases the techniques of the plan act on.
         fills: whether the plan holds a technique that needs an epoch to reach its steady state.
 
@@ -147,6 +151,7 @@ def confirm(
             if decision == "faster" and pairing.low <= 1.01:
                 decision = "no change"
         proof = judge(duel, a, b, numerics=numerics, checks=checks, paired=paired, has_dropout=has_dropout, ended=ended)
+        proof = with_band(proof, several=max(a.optimizers, b.optimizers) > 1, rescaled=rescaled, dropout=has_dropout)
         attribution: dict[str, Pairing] = {}
         if decision == "faster" and proof.passed and not ended and attribute_seconds > 0:
             attribution = attribute(duel, b, plan, live, attribute_seconds, say)
@@ -163,6 +168,17 @@ def confirm(
         )
     finally:
         duel.close()
+
+
+def with_band(proof: Proof, *, several: bool, rescaled: bool, dropout: bool) -> Proof:
+    """The proof with what the guard of the real run holds its losses against, or why there is nothing."""
+    if several:
+        return msgspec.structs.replace(proof, no_band="several optimizers: no single loss has to fall")
+    if rescaled:
+        return msgspec.structs.replace(proof, no_band="a GradScaler changes the scale of the loss")
+    # Dropout is off while the updates are compared: those losses are lower than a run's.
+    band, reason = band_of(proof.stock_losses, skip=UPDATE_STEPS if dropout else 0)
+    return msgspec.structs.replace(proof, band=band, no_band=reason)
 
 
 def judge(
@@ -183,6 +199,9 @@ def judge(
             passed=False,
             reason="the two runs did not start from the same parameters; seed the script to make proof possible",
         )
+    apart = parted(a, b, numerics)
+    if apart:
+        return Proof(rung="none", passed=False, reason=apart, updates=tuple(checks))
     common = sorted(set(a.losses) & set(b.losses))
     stock = [value for i in common if (value := a.step_loss(i)) is not None]
     planned = [value for i in common if (value := b.step_loss(i)) is not None]
@@ -194,6 +213,8 @@ def judge(
         if bitwise and not ended and a.steps == b.steps:
             first = duel.ask(a, {"kind": "digest"}, "digest")["sha256"]
             bitwise = first == duel.ask(b, {"kind": "digest"}, "digest")["sha256"]
+        elif bitwise and min(stock) == max(stock):
+            bitwise = None  # losses that never change say nothing without the parameters
     proof = accept(
         numerics,
         bitwise_equal=bitwise,

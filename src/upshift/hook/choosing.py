@@ -1,0 +1,139 @@
+"""Which plan a run uses: the one beside its script, where it still holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from upshift.errors import PlanError
+from upshift.hardware.device import device_name, kinds_here
+from upshift.records import Plan, planfile
+from upshift.records.fingerprint import changes, fingerprint
+from upshift.records.planfile import slug
+from upshift.sites import Numerics
+from upshift.sites.risk import suspicion
+from upshift.sites.runner import ChildSpec
+from upshift.techniques import registry
+
+#: Rungs of the proof from weak to strong; bitwise losses are the strongest evidence of a trajectory.
+_RUNG_ORDER = {"none": 0, "update": 1, "trajectory": 2, "bitwise": 2, "metric": 3}
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What was asked for. `plan` empty: the file beside the script if there is one. `require`: least rung, or empty."""
+
+    plan: str = ""
+    no_plan: bool = False
+    allow_stale: bool = False
+    require: str = ""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan a run will use, and what to say about it."""
+
+    techniques: dict[str, dict[str, Any]]
+    file: str
+    notes: tuple[str, ...]
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the run holds its loss against; see `hook.lossguard`."""
+
+
+def stem(target: str, module: bool) -> Path:
+    """Where files named after a target lie: beside the script, or in the current folder for a module."""
+    return Path(target).with_suffix("") if not module else Path(target.replace(".", "-"))
+
+
+def plan_beside(target: str, module: bool) -> Path:
+    """`train.upshift.toml` beside `train.py`."""
+    return Path(f"{stem(target, module)}.upshift.toml")
+
+
+def read_plans(file: Path) -> dict[str, Plan]:
+    """The plans in a file, by device slug.
+
+    Raises:
+        PlanError: there is no such file, it is no plan of this version, or names an unknown technique or setting.
+    """
+    if not file.exists():
+        raise PlanError(f"there is no plan {file}.", remedy="Check the path, or run upshift tune first.")
+    plans = planfile.read(file)
+    for section, plan in plans.items():
+        registry.check_plan(plan, f"{file}: devices.{section}")
+    return plans
+
+
+def choose_plan(spec: ChildSpec, wanted: Wanted) -> Chosen:
+    """The plan for this script on this machine; the baseline, with the reason, where it no longer holds.
+
+    Raises:
+        PlanError: see `read_plans`.
+    """
+    if wanted.no_plan:
+        return Chosen({}, "", ("no plan, as asked: the run is only recorded",))
+    file = Path(wanted.plan) if wanted.plan else plan_beside(spec.target, spec.module)
+    if not wanted.plan and not file.exists():
+        return Chosen({}, "", (f"no plan beside {spec.target}: the run is only recorded",))
+    plans = read_plans(file)
+    for kind in kinds_here():
+        device = device_name(kind)
+        found = plans.get(slug(device))
+        if found is not None:
+            return _still_good(spec, wanted, file, found, device)
+    names = ", ".join(plan.device for plan in plans.values()) or "none"
+    if wanted.allow_stale and len(plans) == 1:
+        (only,) = plans.values()
+        note = f"plan for another device ({names}) used, as asked"
+        return Chosen(only.techniques, str(file), (note,), _guard(only, stale=True))
+    return Chosen({}, "", (f"{file} has no plan for this device (it has: {names}); training the baseline",))
+
+
+def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device: str) -> Chosen:
+    now = fingerprint(
+        spec.target, spec.arguments, device, plan.techniques, files=plan.fingerprint.files, module=spec.module
+    )
+    notes: list[str] = []
+    stale = changes(plan, now)
+    if stale and not wanted.allow_stale:
+        reasons = "; ".join(stale)
+        return Chosen({}, "", (f"{file} is stale: {reasons}. Training the baseline (--allow-stale overrides).",))
+    if stale:
+        notes.append(f"stale plan used, as asked: {'; '.join(stale)}")
+    if not plan.kept:
+        return Chosen({}, "", (f"{file} says: keep your baseline",))
+    rung = plan.proof.rung if plan.proof is not None else "none"
+    labelled = plan.proof is not None and bool(plan.proof.weaker)
+    least = wanted.require or ("update" if labelled else "trajectory")
+    if _RUNG_ORDER[rung] < _RUNG_ORDER[least]:
+        return Chosen({}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline",))
+    if plan.speedup is not None:
+        notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
+    if labelled and plan.proof is not None:
+        notes.append(f"weaker proof: {plan.proof.weaker}")
+    return Chosen(plan.techniques, str(file), tuple(notes), _guard(plan, stale=bool(stale)))
+
+
+def _guard(plan: Plan, *, stale: bool) -> dict[str, Any]:
+    """The band of the plan, or why there is none, and its techniques with the most suspect first."""
+    proof = plan.proof
+    band = proof.band if proof is not None and not stale else None
+    why = proof.no_band if proof is not None else ""
+    if stale:
+        why = "the plan is stale, so that its band of the loss may not fit"
+    elif band is None and not why:
+        why = "the plan holds no band of the loss"
+    # A kind this version does not know is suspected first.
+    known = tuple(Numerics)
+    kinds = {
+        item.name: Numerics(item.numerics) if item.numerics in known else Numerics.CHANGES_TRAINING
+        for item in plan.kept
+    }
+    order = sorted(kinds, key=lambda name: suspicion(kinds[name], registry.get(name).card.precision), reverse=True)
+    return {
+        "band": msgspec.to_builtins(band),
+        "no_band": why,
+        "suspects": {name: str(kinds[name]) for name in order},
+    }
