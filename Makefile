@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types imports unit test-cuda soak bench data clean
+.PHONY: help demo test lint types imports unit test-cuda soak mutants bench bench-proof data clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,8 +39,14 @@ test-cuda: $(STAMP)  ## tests that need a CUDA device
 soak: $(STAMP)   ## long simulations of the statistics
 	$(BIN)/python benchmarks/proof_simulation.py
 
+mutants: $(STAMP) ## remove guards one by one; the tests must notice
+	$(BIN)/python scripts/mutants.py
+
 bench: $(STAMP)  ## measure the figures of benchmarks/RESULTS.md (long)
 	$(BIN)/python benchmarks/bench.py
+
+bench-proof: $(STAMP)  ## how often the proof is wrong, on trials whose truth is known (about an hour)
+	$(BIN)/python benchmarks/bench_proof.py
 
 data: $(STAMP)   ## fetch the real data sets some examples use
 	$(BIN)/python examples/get_data.py all

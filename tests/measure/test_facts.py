@@ -202,3 +202,28 @@ def test_process_facts_fill_script_facts(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.threads == torch.get_num_threads() and found.cores >= 1
     assert found.frameworks == ("lightning",) and found.main_guard
     assert "main_guard" not in facts.process_facts() and "main_guard" not in facts.process_facts("")
+
+
+class OwnDropout(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(4, 2)
+        self.dropout = nn.Dropout(0.1)
+
+
+def test_layers_that_act_differently_in_evaluation() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
+    assert facts.mode_layers(plain) == ()
+    model = nn.Sequential(nn.Dropout2d(0.1), nn.LSTM(2, 2, num_layers=2, dropout=0.1), nn.BatchNorm1d(2), OwnDropout())
+    assert facts.mode_layers(model) == ("BatchNorm1d", "Dropout", "Dropout2d", "LSTM")
+
+
+def test_learning_rates_of_all_groups_or_none() -> None:
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.2}])
+    assert facts.learning_rates([optimizer]) == (0.1, 0.2)
+    optimizer.param_groups[1]["lr"] = "auto"
+    assert facts.learning_rates([optimizer]) is None
+    optimizer.param_groups[1]["lr"] = torch.zeros((), device="meta")
+    assert facts.learning_rates([optimizer]) is None
+    del optimizer.param_groups[1]["lr"]
+    assert facts.learning_rates([optimizer]) is None

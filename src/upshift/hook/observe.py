@@ -15,6 +15,7 @@ import msgspec
 
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
+from upshift.hook.events import DevicePhases
 from upshift.hook.horizon import Horizon
 from upshift.hook.overhead import fault_seconds, watching_cost
 from upshift.hook.patch import Patches
@@ -52,6 +53,7 @@ class DiagnoseController(Controller):
         self.count: Any = None
         self.sampler: HostSampler | None = None
         self.syncs: Syncs | None = None
+        self.events: DevicePhases | None = None
         self.faults: list[int] = []
         self.horizon = Horizon()
         self.horizon.install()
@@ -112,6 +114,8 @@ class DiagnoseController(Controller):
             self._hold()
         now = time.perf_counter()
         self.records.append(record)
+        if self.events is not None:
+            self.events.after_step()
         self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         values = loss_values(record)
         loss = total_loss(values)
@@ -158,6 +162,10 @@ class DiagnoseController(Controller):
         if self._on_device():
             self.syncs = Syncs(self.watch, is_user_file)
             self.syncs.install(self.torch)
+            if self.torch.cuda.is_initialized():
+                event = self.torch.cuda.Event
+                self.events = DevicePhases(self.watch, lambda: event(enable_timing=True))
+                self.events.install(self.torch)
 
     def _on_device(self) -> bool:
         """Whether a model lies on an accelerator (asked of its parameters: asking the driver could upset forks)."""
@@ -270,6 +278,7 @@ class DiagnoseController(Controller):
             facts=facts,
             lines=lines,
             syncs=self.syncs.lines(max(len(self.records) - 1, 1), found.step.or_else(0.0)) if self.syncs else (),
+            device_phases=self.events.seconds(found.warmup_steps) if self.events else {},
             syncs_note="not applicable on CPU" if facts.device == "cpu" else "host time blocked in calls that wait",
             overhead=overhead,
             notes=self._notes(),
@@ -279,8 +288,8 @@ class DiagnoseController(Controller):
         notes = []
         if self.syncs is not None:
             notes.append(
-                "phases are host times: kernels run behind them, so waiting shows in device syncs; event timings "
-                "come in a later version, and nothing here was tested on CUDA"
+                "phases are host times: kernels run behind them, so waiting shows in device syncs; device times come "
+                "from events; none of this was ever run on CUDA"
             )
         if self.watch.grad_only and not self.watch.loss_seen:
             notes.append("the script uses torch.autograd.grad only: its loss is not seen, so nothing can be proven")

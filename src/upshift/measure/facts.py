@@ -60,7 +60,7 @@ def model_facts(
     kind = type(module).__name__
     return ModelFacts(
         name=kind,
-        parameters=sum(_numel(item) for item in parameters),
+        parameters=sum(elements(item) for item in parameters),
         dtypes=tuple(sorted({_dtype(item) for item in parameters})),
         device=",".join(devices),
         layers=dict(sorted(layers.items())),
@@ -72,7 +72,7 @@ def model_facts(
     )
 
 
-def _numel(parameter: Any) -> int:
+def elements(parameter: Any) -> int:
     """Elements of a parameter; a lazy one has none yet."""
     try:
         return int(parameter.numel())
@@ -85,7 +85,7 @@ def _is_channels_last(parameters: Iterable[torch.Tensor]) -> bool:
 
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for item in parameters:
-        wanted = formats.get(item.dim()) if item.layout is torch.strided and _numel(item) else None
+        wanted = formats.get(item.dim()) if item.layout is torch.strided and elements(item) else None
         if wanted is not None and not item.is_contiguous() and item.is_contiguous(memory_format=wanted):
             return True
     return False
@@ -108,11 +108,11 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     """Facts about an optimizer. `fused` and `foreach`: None where the default decides, or its groups differ."""
     import torch
 
-    parameters = [item for group in optimizer.param_groups for item in group["params"]]
+    parameters = parameters_of(optimizer)
     trained = [item for item in parameters if item.requires_grad]
     return OptimizerFacts(
         name=type(optimizer).__name__,
-        parameters=sum(_numel(item) for item in trained),
+        parameters=sum(elements(item) for item in trained),
         tensors=len(trained),
         device=",".join(sorted({str(item.device) for item in parameters})),
         dtypes=tuple(sorted({_dtype(item) for item in parameters})),
@@ -122,6 +122,63 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
         sparse=isinstance(optimizer, torch.optim.SparseAdam)
         or any(item.grad is not None and item.grad.is_sparse for item in trained),
     )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters of all groups of an optimizer."""
+    return [item for group in optimizer.param_groups for item in group["params"]]
+
+
+def learning_rates(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[float, ...] | None:
+    """The learning rate of every parameter group; None where one has none, or has it on an accelerator."""
+    rates = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            device = getattr(rate, "device", None)
+            if rate is None or (device is not None and device.type != "cpu"):
+                return None
+            try:
+                rates.append(float(rate))
+            except (TypeError, ValueError):
+                return None
+    return tuple(rates)
+
+
+def decayed_vectors(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[float, int]:
+    """The largest decoupled weight decay, and how many trained parameters of fewer than two dimensions are under one.
+
+    Decoupled as in Loshchilov and Hutter 2019; an L2 penalty in the gradient is another thing and is not counted.
+    """
+    largest, count = 0.0, 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            decoupled = "AdamW" in type(optimizer).__name__ or group.get("decoupled_weight_decay")
+            if decoupled and isinstance(decay, float) and decay > 0.0:
+                largest = max(largest, decay)
+                count += sum(1 for item in group["params"] if item.requires_grad and item.dim() < 2)
+    return largest, count
+
+
+def mode_layers(module: torch.nn.Module) -> tuple[str, ...]:
+    """Kinds of torch's layers in a module that act differently in training and in evaluation mode."""
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.dropout import _DropoutNd
+
+    found = set()
+    for item in module.modules():
+        drop = 0.0
+        if isinstance(item, _DropoutNd):
+            drop = item.p
+        elif isinstance(item, (nn.RNNBase, nn.MultiheadAttention)):
+            drop = item.dropout
+        # A subclass may have put a module there.
+        drops = isinstance(drop, (int, float)) and drop > 0
+        if drops or (isinstance(item, _BatchNorm) and item.track_running_stats):
+            found.add(type(item).__name__)
+    return tuple(sorted(found))
 
 
 def _flag(optimizer: torch.optim.Optimizer, name: str) -> bool | None:

@@ -185,6 +185,8 @@ class Measurement(Record, frozen=True):
     lines: tuple[LineCost, ...] = ()
     syncs: tuple[LineCost, ...] = ()
     syncs_note: str = "not applicable on CPU"
+    device_phases: dict[str, Quantity] = {}
+    """Phase -> time of its kernels on the device, by events; empty where there are none."""
     overhead: Quantity | None = None
     """Share of the step that watching cost (fraction)."""
     machine: dict[str, str] = {}

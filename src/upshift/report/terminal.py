@@ -91,6 +91,10 @@ def render_diagnosis(
     ]
     if measurement.lines:
         parts += [Text(), _head("Where in the script"), _indent(_lines(measurement.lines[:5]))]
+    if measurement.device_phases:
+        times = [f"{PHASE_TITLES.get(name, name)} {words.quantity_text(value, n=False)}"
+                 for name, value in measurement.device_phases.items()]  # fmt: skip
+        parts += [Text(), _text(f"On the device, by events: {', '.join(times)}")]
     if measurement.syncs:
         parts += [Text(), _head("Waiting for the device"), _indent(_lines(measurement.syncs[:5]))]
     else:
