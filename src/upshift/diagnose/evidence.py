@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import msgspec
+
 from upshift import units
-from upshift.records import Finding, LineCost, Measurement, Quantity, unknown
+from upshift.records import Finding, Floor, LineCost, Measurement, Quantity, unknown
 from upshift.records.quantity import estimated
 
 
@@ -55,6 +57,14 @@ def gain(share: Quantity, likely: float, *, low: float = 1.0, high: float = math
     least = share.value if share.low is None else share.low
     most = share.value if share.high is None else share.high
     return estimated(amdahl(share.value, likely), "ratio", amdahl(least, low), amdahl(most, high))
+
+
+def least_seconds(floor: Floor | None) -> float | None:
+    """What the arithmetic (in the dtype in use) and the memory traffic of a step need; None where it is not known."""
+    if floor is None:
+        return None
+    flops, peak, memory = known(floor.flops), known(floor.peak_flops), known(floor.bandwidth_floor)
+    return None if flops is None or not peak or memory is None else max(flops / peak, memory)
 
 
 def percent(quantity: Quantity) -> str:
@@ -103,6 +113,32 @@ def total_share(lines: Sequence[LineCost]) -> Quantity:
     )
 
 
+#: Lines are not scaled up beyond this: too few of them were seen to stand for the rest.
+MOST_SCALE = 4.0
+
+
+def fitted(lines: Sequence[LineCost], least: Quantity, most: Quantity) -> list[LineCost]:
+    """The lines of some phases with shares that add up to at least `least` and at most `most`.
+
+    Phases are timed exactly. The sampler sees short stretches that hold the interpreter lock too rarely, and charges
+    them to the line after, so it only tells how a phase divides among its lines.
+    """
+    seen = math.fsum(item.share.or_else(0.0) for item in lines)
+    if seen <= 0:
+        return list(lines)
+    factor = 1.0
+    if least.value is not None and seen < least.value:
+        factor = min(least.value / seen, MOST_SCALE)
+    elif most.value is not None and seen > most.value:
+        factor = most.value / seen
+    return [msgspec.structs.replace(item, share=_scaled(item.share, factor)) for item in lines]
+
+
+def _scaled(share: Quantity, factor: float) -> Quantity:
+    low, high = ((None if end is None else min(1.0, end * factor)) for end in (share.low, share.high))
+    return msgspec.structs.replace(share, value=min(1.0, share.or_else(0.0) * factor), low=low, high=high)
+
+
 def on_cpu(m: Measurement) -> bool:
     """Whether the training runs on the CPU."""
     return m.facts.device.startswith("cpu")
@@ -114,6 +150,18 @@ def layer_count(m: Measurement, names: Iterable[str]) -> int:
     return sum(
         count for model in m.facts.models if model.trained for name, count in model.layers.items() if name in wanted
     )
+
+
+#: Samples up to which a batch is tiny: above, it is not the batch that is small.
+TINY = 16
+#: Small kernels reach about a fifth of the peaks that floors are made of.
+SMALL_KERNELS = 5.0
+
+
+def samples_fed(m: Measurement) -> int | None:
+    """Samples the trained models are fed at a time: the first size of the first tensor; None where none was seen."""
+    shapes = [item.input_shapes[0] for item in m.facts.models if item.trained and item.input_shapes]
+    return max((shape[0] for shape in shapes if shape), default=None)
 
 
 def severity(share: Quantity, predicted: Quantity) -> Literal["major", "minor"]:

@@ -458,4 +458,5 @@ def floor(count: StepCount, step_seconds: Quantity, peaks: Peaks, dtype: str = "
         arithmetic_floor=quotient(flops, best, "s"),
         bandwidth_floor=quotient(least, bandwidth, "s"),
         note="; ".join(notes),
+        by_phase=dict(count.by_phase),
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from upshift.diagnose.card import FindingCard
-from upshift.diagnose.evidence import gain, lines_of, percent, quote, severity, share_of, total_share
-from upshift.records import Finding, LineCost, Measurement
+from upshift.diagnose.evidence import gain, percent, quote, severity, total_share
+from upshift.diagnose.lines import item_by_item, outside
+from upshift.records import Finding, Measurement
 
 CARD = FindingCard(
     name="host_batching",
@@ -17,31 +16,17 @@ CARD = FindingCard(
 )
 LEAST = 0.05
 
-_FUNCTION = re.compile(
-    r"batch|collate|augment|sample_|fetch|load_|next_|make_data|tokeni[sz]e|preprocess", re.IGNORECASE
-)
-_TEXT = re.compile(
-    r"from_numpy|np\.random|randint\(|randperm\(|torch\.stack|memmap|\.open\(|np\.load|pin_memory|\w*batch\w*\("
-)
-_COMPUTE = re.compile(r"\.backward\(|\.step\(|\.zero_grad\(|loss\s*=|model\(|criterion\(")
-
-
-def _makes_batches(line: LineCost) -> bool:
-    if line.function == "forward" or _COMPUTE.search(line.text):
-        return False
-    return bool(_TEXT.search(line.text)) or (line.function != "<module>" and bool(_FUNCTION.search(line.function)))
-
 
 def rule(m: Measurement) -> Finding | None:
     """Speaks on host lines where no training DataLoader was seen; bounded by the step's `other` time."""
     if any(item.training for item in m.facts.loaders):
         return None
-    lines = [item for item in lines_of(m, "host") if _makes_batches(item)]
+    lines = [item for item, kind in outside(m) if kind == "batch"]
     share = total_share(lines)
-    other = share_of(m, "other")
-    if share.value is None or share.value < LEAST or (other.value is not None and other.value < LEAST):
+    if share.value is None or share.value < LEAST:
         return None
-    predicted = gain(share, 2.0)
+    looped = item_by_item(lines[0])
+    predicted = gain(share, 10.0 if looped else 2.0, low=2.0 if looped else 1.0)
     return Finding(
         rule=CARD.name,
         title="Batches are made in the training loop",
@@ -50,7 +35,9 @@ def rule(m: Measurement) -> Finding | None:
         helps="make the next batch in a thread or in DataLoader workers while this one trains, or index whole "
         "tensors at once instead of looping over samples",
         gain=predicted,
-        rests_on="the share of these lines, halved; at most gone",
+        rests_on="the share of these lines, "
+        + ("a tenth of it without a loop over samples" if looped else "halved")
+        + "; at most gone",
         edit=f"{lines[0].file}:{lines[0].line}",
         severity=severity(share, predicted),
     )

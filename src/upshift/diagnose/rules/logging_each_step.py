@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from upshift.diagnose.card import FindingCard
-from upshift.diagnose.evidence import gain, lines_of, on_cpu, percent, quote, severity, total_share
+from upshift.diagnose.evidence import gain, percent, quote, severity, total_share
+from upshift.diagnose.lines import outside
 from upshift.records import Finding, Measurement
 
 CARD = FindingCard(
@@ -17,21 +16,14 @@ CARD = FindingCard(
 )
 LEAST, SURE = 0.03, 0.01
 
-_LOG = r"\bprint\(|\blogg(er|ing)\.\w+\(|writer\.add_\w+\(|wandb\.log\(|mlflow\.log_|set_postfix|\.log_metrics?\("
-_READ = r"|\.item\(\)|\.tolist\(\)|\.numpy\(\)"
-_COMPUTE = re.compile(r"\.backward\(|\bmodel\(|\bnet\(|\.step\(")
-
 
 def rule(m: Measurement) -> Finding | None:
     """Speaks on host lines, by their text."""
-    pattern = re.compile(_LOG + (_READ if on_cpu(m) else ""))
-    lines = [
-        item for item in lines_of(m, "host") if pattern.search(item.text) and not _COMPUTE.search(item.text)
-    ]  # fmt: skip
+    lines = [item for item, kind in outside(m) if kind == "log"]
     share = total_share(lines)
     if share.value is None or share.value <= LEAST or (share.low if share.low is not None else 0.0) < SURE:
         return None
-    predicted = gain(share, 10.0)
+    predicted = gain(share, 10.0, low=2.0)
     return Finding(
         rule=CARD.name,
         title="Logging costs time in the loop",
@@ -40,7 +32,7 @@ def rule(m: Measurement) -> Finding | None:
         share=share,
         helps="do this every few tens of steps; add values up as tensors in between",
         gain=predicted,
-        rests_on="these lines run in every tenth step",
+        rests_on="these lines run in every tenth step (at least every second)",
         edit=f"{lines[0].file}:{lines[0].line}",
         severity=severity(share, predicted),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from upshift.diagnose.card import FindingCard
-from upshift.diagnose.evidence import gain, lines_of, percent, quote, severity
+from upshift.diagnose.evidence import fitted, gain, lines_of, percent, quote, severity, share_of
 from upshift.records import Finding, Measurement
 
 CARD = FindingCard(
@@ -24,7 +24,8 @@ _LOOP = re.compile(r"^(async )?for .+ in .+:|\bnext\(")
 
 def rule(m: Measurement) -> Finding | None:
     """Speaks on the slowest line of kind `data`."""
-    for line in lines_of(m, "data"):
+    phase = share_of(m, "data")
+    for line in fitted(lines_of(m, "data"), phase, phase):
         if _LOOP.search(line.text):
             continue
         share = line.share

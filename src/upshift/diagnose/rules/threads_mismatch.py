@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from upshift.diagnose.card import FindingCard
-from upshift.diagnose.evidence import gain, on_cpu, severity, share_of
-from upshift.records import Finding, Measurement, unknown
+from upshift.diagnose.evidence import gain, known, on_cpu, severity, share_of
+from upshift.records import Finding, Measurement, Quantity, unknown
 
 CARD = FindingCard(
     name="threads_mismatch",
@@ -28,8 +28,7 @@ def rule(m: Measurement) -> Finding | None:
     elif many:
         predicted = gain(share, 1.2, high=2.0)
     else:
-        # Cores without a thread: at best forward and backward scale with them.
-        predicted = gain(share, (cores / threads) ** 0.5, high=cores / threads)
+        predicted = _with_more(m, share, cores / threads)
     return Finding(
         rule=CARD.name,
         title=f"{threads} threads on {cores} cores",
@@ -40,7 +39,16 @@ def rule(m: Measurement) -> Finding | None:
         gain=predicted,
         rests_on="usual loss by too many threads (1.2, at most 2 times)"
         if many
-        else "forward and backward scaling with the square root of the added cores; at most with the cores",
+        else "products scale with the cores, the rest of forward and backward with their square root",
         techniques=CARD.techniques,
         severity=severity(share, predicted),
     )
+
+
+def _with_more(m: Measurement, share: Quantity, factor: float) -> Quantity:
+    """Products take what the floor of all cores says, times the cores that are idle; they scale, the rest less so."""
+    products = 0.0
+    if m.floor is not None and share.value:
+        products = min(1.0, (known(m.floor.mfu) or 0.0) * factor / share.value)
+    likely = 1.0 / (products / factor + (1.0 - products) / factor**0.5)
+    return gain(share, likely, high=factor)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from upshift.diagnose.card import FindingCard
-from upshift.diagnose.evidence import gain, on_cpu, percent, severity, share_of
-from upshift.records import Finding, Measurement
+from upshift.diagnose.evidence import gain, known, on_cpu, percent, severity, share_of
+from upshift.records import Finding, Measurement, OptimizerFacts
 
 CARD = FindingCard(
     name="unfused_optimizer",
@@ -15,6 +15,12 @@ CARD = FindingCard(
     techniques=("fused",),
 )
 LEAST = 0.03
+#: A loop over tensors loses its overhead for each, but is not trusted to become faster than this.
+USUAL, MOST = 2.0, 10.0
+#: Seconds a fused kernel spends on each tensor beside moving its bytes.
+EACH = 2e-6
+#: Times an optimizer with two moments reads or writes as many bytes as the parameters have; others do with less.
+PASSES = 7
 FUSABLE = ("Adam", "AdamW", "SGD", "Adagrad")
 
 
@@ -30,7 +36,8 @@ def rule(m: Measurement) -> Finding | None:
     one = candidates[0]
     # On accelerators the default is already the grouped implementation; on CPU it is a Python loop over tensors.
     grouped = one.foreach is True or (one.foreach is None and not on_cpu(m))
-    predicted = gain(share, 1.3, high=2.5) if grouped else gain(share, 2.0, high=6.0)
+    likely, most = (1.3, 2.5) if grouped else (_factor(m, one, share.value), MOST)
+    predicted = gain(share, likely, high=most)
     how = "grouped kernels" if grouped else "one tensor at a time"
     return Finding(
         rule=CARD.name,
@@ -40,7 +47,18 @@ def rule(m: Measurement) -> Finding | None:
         share=share,
         helps="the optimizer's fused kernel: one pass over parameters, gradients and state",
         gain=predicted,
-        rests_on="the optimizer made " + ("1.3 (at most 2.5)" if grouped else "2 (at most 6)") + " times as fast",
+        rests_on=f"the optimizer made {likely:.2g} (at most {most:g}) times as fast"
+        + ("" if grouped else ": one pass over parameters, gradients and state at this machine's bandwidth"),
         techniques=CARD.techniques,
         severity=severity(share, predicted),
     )
+
+
+def _factor(m: Measurement, one: OptimizerFacts, share: float) -> float:
+    """How many times as fast a single pass at two thirds of the probed bandwidth would be; usual where not known."""
+    step, bandwidth = known(m.anatomy.step), known(m.floor.bandwidth) if m.floor is not None else None
+    if not step or not bandwidth:
+        return USUAL
+    size = 8 if one.dtypes == ("float64",) else 4
+    fused = one.parameters * size * PASSES / (bandwidth * 2 / 3) + one.tensors * EACH
+    return min(max(share * step / fused, 1.0), MOST) if fused > 0 else USUAL
