@@ -95,6 +95,7 @@ class FakeChild:
             "seconds": seconds, "data": data, "optimizer": [0.0] * n, "epochs": epochs, "first": first, "optimizers": 1,
             "problems": {},
             "effects": self._effects(),
+            "backwards": [1] * n,
             "losses": [[self.world.loss(i, names)] for i in range(first, first + n)],
         }  # fmt: skip
 

@@ -360,8 +360,13 @@ def test_another_random_stream_is_held_to_the_spread_of_seeds() -> None:
     assert not judge(Numerics.ROUNDING, lag=far, seed_spread=0.06).passed
 
 
-def test_faster_learning_is_said() -> None:
-    assert "faster" in judge(lag=curve_lag(-0.1)).weaker
+def test_faster_learning_is_rejected_where_only_rounding_may_differ() -> None:
+    faster = curve_lag(-0.1)
+    found = judge(lag=faster)
+    assert not found.passed and "faster" in found.reason
+    assert "faster" in judge(Numerics.RESEEDS, lag=faster).weaker
+    wild = UpdateCheck(10, 0.3, 1.0, 0.9, 1.0, passed=True)
+    assert "faster" in judge(updates=[GOOD, wild], lag=faster).weaker
 
 
 kinds = st.sampled_from(list(Numerics))

@@ -87,7 +87,8 @@ def test_a_true_gain_is_kept_with_an_interval_that_holds_the_truth(world: World)
     assert names(outcome) == {"good"}
     pairing = outcome.confirmation.pairing  # type: ignore[union-attr]
     assert pairing is not None and pairing.low <= 1.5 <= pairing.high
-    assert outcome.confirmation.proof.rung == "trajectory"  # type: ignore[union-attr]
+    proof = outcome.confirmation.proof  # type: ignore[union-attr]
+    assert proof.rung == "trajectory" and proof.band is not None and proof.band.horizon == proof.steps
     assert outcome_of(outcome, "idle") == "no change"
 
 

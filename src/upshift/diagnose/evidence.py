@@ -172,11 +172,15 @@ def severity(share: Quantity, predicted: Quantity) -> Literal["major", "minor"]:
 def rank(finding: Finding) -> float:
     """Predicted gain times confidence, for ordering; findings without a prediction come last but one, notes last.
 
+    What makes the training useless (major, and no matter of speed) comes before everything.
+
     Confidence runs from one half (nothing may be gained) to one (even the low end is the predicted gain).
     """
     if finding.severity == "note":
         return -1.0
     value = finding.gain.value
+    if value is None and finding.severity == "major":
+        return math.inf
     if value is None or value <= 1:
         return 0.0
     low = finding.gain.low if finding.gain.low is not None else 1.0

@@ -43,8 +43,14 @@ def fraction(share: float) -> str:
 
 def verdict(m: Measurement, findings: Sequence[Finding]) -> str:
     """The paragraph: where a step's time goes, what would help most, and what is not known."""
-    sentences = [_where(m), _what(findings), _floor(m), _apart(m), _unknown(m)]
+    sentences = [_broken(findings), _where(m), _what(findings), _floor(m), _apart(m), _unknown(m)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _broken(findings: Sequence[Finding]) -> str:
+    """What must be mended before speed matters."""
+    found = [item.title for item in findings if item.severity == "major" and item.gain.value is None]
+    return f"Before speed: {'; '.join(title[0].lower() + title[1:] for title in found)}." if found else ""
 
 
 def _where(m: Measurement) -> str:

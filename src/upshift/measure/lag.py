@@ -40,7 +40,7 @@ class LagResult(NamedTuple):
 
     `lag`, `low`, `high`: estimate and one-sided bounds, None where nothing can be said (`reason` says why).
     `smallest`: the smallest lag these steps could have shown: how far `high` lies above the estimate.
-    `flat`: the stock curve does not clearly fall, or has reached its floor.
+    `flat`: the stock curve does not clearly fall, or has reached its floor. Identical losses: it never changes.
     `finite`: all planned losses are finite. `steps`: the horizon compared.
     `excess`, `excess_low`: mean of planned - stock over the window, and its lower bound, as a share of the size of
     the starting loss; what is left to look at where the curve is flat.
@@ -131,7 +131,8 @@ def lag(stock: Sequence[float], planned: Sequence[float], *, level: float = LEVE
     if not all(map(math.isfinite, stock)):
         return LagResult(None, None, None, None, False, True, steps, "the stock losses are not finite")
     if steps and stock == planned:
-        return LagResult(0.0, 0.0, 0.0, 0.0, False, True, steps, "identical losses", True, 0.0, 0.0)
+        still = min(stock) == max(stock)
+        return LagResult(0.0, 0.0, 0.0, 0.0, still, True, steps, "identical losses", True, 0.0, 0.0)
     if steps < 6:
         return LagResult(None, None, None, None, False, True, steps, f"{steps} steps are too few to compare curves")
     start = max(3, steps // 10)

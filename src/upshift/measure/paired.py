@@ -7,7 +7,7 @@ zero. The quad is the unit of evidence. Its value is log(mean A / mean B), posit
 Estimate: 20 % trimmed mean with Winsorised variance (Yuen 1974; Tukey and McLaughlin 1963), the variance raised by
 the autocorrelation that is left. A trimmed mean cannot see an arm that stalls now and then (a queue that refills),
 so where far quads lie on one side clearly more often than on the other (binomial test), the plain mean of time
-ratios speaks instead.
+ratios speaks instead. A gain that fades while it is measured counts as what is left of it.
 
 Looks: `Sequential` decides while measuring. Looks come at geometrically spaced numbers of quads; each spends part of
 the error by the power family of Kim and DeMets (1987) on elapsed time (alpha * t^1.5), shares added up by
@@ -34,6 +34,9 @@ AT_LEAST = 1.01
 TRIM = 0.2
 #: Spread of a quad (log) below which no clock is believed.
 FLOOR = 1e-3
+#: From so many quads on, halves are compared; the level at which the earlier half is called better than the later.
+FADE_QUADS, FADE_LEVEL = 12, 0.999
+FADES = ", of the later part: the gain fades"
 
 
 class Block(NamedTuple):
@@ -84,13 +87,16 @@ def arm_steps(blocks: Sequence[tuple[str, float]]) -> tuple[float, float]:
     return result[0], result[1]
 
 
-def _binomial_tail(successes: int, n: int) -> float:
+def binomial_tail(successes: int, n: int) -> float:
     """P(X >= successes) of n fair coins."""
     return sum(math.comb(n, k) for k in range(successes, n + 1)) / 2.0**n
 
 
 def estimate(quads: Sequence[float]) -> Estimate:
-    """Where the quads lie: trimmed mean, or the mean time ratio where one arm alone has far quads.
+    """Where the quads lie at the end: trimmed mean, or the mean time ratio where one arm alone has far quads.
+
+    A gain that fades was not one of the steady step: where the earlier half lies clearly above the later one, the
+    later half speaks alone.
 
     Raises:
         ValueError: fewer than two quads.
@@ -98,12 +104,24 @@ def estimate(quads: Sequence[float]) -> Estimate:
     n = len(quads)
     if n < 2:
         raise ValueError(f"need at least two quads, got {n}")
+    if n >= FADE_QUADS:
+        earlier, later = _middle_of(quads[: n // 2]), _middle_of(quads[n // 2 :])
+        apart = math.hypot(earlier.error, later.error)
+        if earlier.value - later.value > t_quantile(FADE_LEVEL, min(earlier.df, later.df)) * apart:
+            rest = estimate(quads[n // 2 :])
+            return rest if rest.method.endswith(FADES) else rest._replace(method=rest.method + FADES)
+    return _middle_of(quads)
+
+
+def _middle_of(quads: Sequence[float]) -> Estimate:
+    """The estimate, of quads that are alike from the first to the last."""
+    n = len(quads)
     ordered = sorted(quads)
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2.0
     spread = max(1.4826 * median(abs(value - middle) for value in quads), FLOOR)
     slow = sum(value < middle - 5.0 * spread for value in quads)
     fast = sum(value > middle + 5.0 * spread for value in quads)
-    if n >= 8 and _binomial_tail(max(slow, fast), slow + fast) < 0.01:
+    if n >= 8 and binomial_tail(max(slow, fast), slow + fast) < 0.01:
         # The arm that stalls goes into the numerator: the mean of its time over the other's is what a run pays.
         sign = -1.0 if slow > fast else 1.0
         ratios = [math.exp(sign * value) for value in quads]

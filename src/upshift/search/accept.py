@@ -17,8 +17,10 @@ Between `trajectory` and rejection stands `update`: the updates agree, and the c
 Shown harm rejects: a lower bound of the lag above zero together with an upper bound above the margin (whatever is
 left of the interval, a lag is there and it may be too large), a planned loss far above stock's next to the spread from
 batch to batch, on a flat curve a clearly higher planned loss, a planned loss that is not finite. For one shape of
-D(t) = planned - stock, more of it moves the verdict only from `trajectory` over `update` to rejection. A plan that
-learns faster per step than stock is not rejected for that, but the proof says so: rounding does not explain it.
+D(t) = planned - stock, more of it moves the verdict only from `trajectory` over `update` to rejection. So does a
+plan that clearly learns faster per step than stock, since rounding does not explain it: dropout was lost, or the loss
+is another one. Where seeds differ, or the training amplifies rounding, that is only said. Losses that never change
+show nothing, even where they are identical.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ FAR = 0.5
 WILD = 0.5
 #: On a flat curve: a planned loss higher by this share of the starting loss is harm.
 FLAT_MARGIN = 0.005
+#: A loss that is too good belongs to another training, or is not the same loss.
+UNEXPLAINED = "the loss falls faster per step than stock, which rounding does not explain"
 
 
 def accept(
@@ -143,6 +147,9 @@ def _by_lag(
     allowed = max(MARGIN, spread) if reseeds else MARGIN
     if reseeds:
         weaker.append("another random stream: the curves differ as those of two seeds do")
+    if lag.identical and lag.flat:
+        weaker.append("the loss never changes, so the curves show nothing")
+        return proof("update", True, "updates agree")
     if lag.identical:
         return proof("trajectory", True, "losses are identical")
     if lag.excess is None:
@@ -153,10 +160,16 @@ def _by_lag(
         sure = lag.excess_low is not None and lag.excess_low > FLAT_MARGIN
         if lag.excess > FLAT_MARGIN and (far or sure):
             return proof("none", False, f"the planned loss is higher by {lag.excess:.2%} of the starting loss")
+        # The bounds of a mean lie alike on both sides of it.
+        better = lag.excess_low is not None and 2.0 * lag.excess - lag.excess_low < -FLAT_MARGIN
+        if better and not (reseeds or wild):
+            return proof("none", False, f"not shown: {UNEXPLAINED}: lower by {-lag.excess:.2%} of the starting loss")
         weaker.append(lag.reason)
         return proof("update", True, f"updates agree; {lag.reason}")
-    if lag.high < -MARGIN and not reseeds:
-        weaker.append(f"the loss falls faster per step than stock (lag {lag.lag:.2%}), which rounding does not explain")
+    if lag.high < -MARGIN and not (reseeds or wild):
+        return proof("none", False, f"not shown: {UNEXPLAINED}: lag {lag.lag:+.2%}, at most {lag.high:+.2%}")
+    if lag.high < -MARGIN:
+        weaker.append(f"the loss falls faster per step than stock (lag {lag.lag:+.2%})")
     if lag.high <= allowed:
         return proof("trajectory", True, f"lag {lag.lag:+.2%}, at most {lag.high:+.2%} in {lag.steps} steps")
     if reseeds or wild:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from upshift.measure.paired import Sequential
+import msgspec
+
+from upshift.measure.paired import Sequential, binomial_tail
 from upshift.measure.steps import median_of
 from upshift.records.plan import Setting
 from upshift.records.trial import Pairing
@@ -25,6 +27,8 @@ ArmPlan = dict[str, dict[str, Setting]]
 #: A block lasts about this long (seconds), and at most this many steps.
 BLOCK_SECONDS = 0.05
 MOST_STEPS = 24
+#: Of what the candidate's own clock saves, this part at least must be saved on the clock outside, or it is held to it.
+SEEN = 0.8
 
 
 class ArmFailed(Exception):
@@ -46,6 +50,7 @@ class Arm:
     plan: ArmPlan
     seconds: dict[int, float] = field(default_factory=dict)
     losses: dict[int, list[float]] = field(default_factory=dict)
+    backwards: dict[int, int] = field(default_factory=dict)
     epoch_starts: list[tuple[int, float]] = field(default_factory=list)
     data: dict[int, float] = field(default_factory=dict)
     optimizer: dict[int, float] = field(default_factory=dict)
@@ -78,6 +83,7 @@ class Arm:
             index = first + offset
             self.seconds[index] = value
             self.losses[index] = [float(item) for item in message["losses"][offset]]
+            self.backwards[index] = int(message["backwards"][offset])
             self.data[index] = float(message["data"][offset])
             self.optimizer[index] = float(message["optimizer"][offset])
             if message["epochs"][offset]:
@@ -125,8 +131,6 @@ class Duel:
 
     def start(self, plan: ArmPlan, *, options: dict[str, Any] | None = None) -> Arm:
         """Start the next arm and let it make its first step; it is then stopped."""
-        import msgspec
-
         number = len(self.arms)
         if number:
             self._make_sure_two_fit()
@@ -261,20 +265,25 @@ class Duel:
         """
         steps, ignored = self.block_steps()
         sequential = Sequential(seconds)
+        turns: list[Turns] = []
         began = time.monotonic()
         while True:
             order = (0, 1, 1, 0) if self.random.random() < 0.5 else (1, 0, 0, 1)
-            sums = [0.0, 0.0]
+            sums, inside, outside = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
             try:
                 for number in order:
-                    times = self.go(self.arms[number], steps)[ignored:]
-                    sums[number] += math.fsum(times) / max(len(times), 1)
+                    turn = time.monotonic()
+                    every = self.go(self.arms[number], steps)
+                    outside[number] += time.monotonic() - turn
+                    inside[number] += math.fsum(every)
+                    sums[number] += math.fsum(every[ignored:]) / max(len(every[ignored:]), 1)
             except Ended:
                 if len(sequential.quads) < 4:
                     raise
                 self.ended = True
                 break
             elapsed = time.monotonic() - began
+            turns.append(Turns(inside[0], inside[0] - inside[1], outside[0] - outside[1]))
             if min(sums) > 0:
                 value = math.log(sums[0] / sums[1])
                 if decide:
@@ -286,12 +295,49 @@ class Duel:
             if sequential.decision != "go on" or elapsed >= seconds:
                 break
         decision = sequential.finish()
-        return decision, sequential.pairing((self.step(0), self.step(1)))
+        found = sequential.pairing((self.step(0), self.step(1)))
+        if found is not None and decision == "faster":
+            found = seen_outside(found, turns)
+            decision = "faster" if found.low > sequential.at_least else "no change"
+        return decision, found
 
     def step(self, number: int) -> float:
         """Median seconds of a steady step of an arm."""
         values = list(self.arms[number].seconds.values())
         return median_of(values[len(values) // 4 :])
+
+
+class Turns(NamedTuple):
+    """Seconds of one quad: of all steps of the reference, what the candidate saved of them by the steps' own clock,
+    and what it saved by the clock of the search."""
+
+    reference: float
+    inside: float
+    outside: float
+
+
+def seen_outside(pairing: Pairing, turns: Sequence[Turns]) -> Pairing:
+    """Hold a speed-up to what the clock of the search sees of it.
+
+    A step's seconds are told by the process that is judged, without evaluation and checkpoints. Work that is moved
+    into those, or behind the end of a step, and a clock that goes wrong, show only outside. What a turn itself costs
+    is the same for both arms, and cancels.
+    """
+    gain = median_of([item.inside for item in turns])
+    missed = sum(item.outside < SEEN * gain for item in turns)
+    # A quad with evaluation in one arm says little, so most quads have to agree (sign test).
+    if missed < len(turns) and binomial_tail(missed, len(turns)) >= 0.01:
+        return pairing
+    reference = median_of([item.reference for item in turns])
+    left = reference - median_of([item.outside for item in turns])
+    factor = min((reference - gain) / left, 1.0)
+    return msgspec.structs.replace(
+        pairing,
+        ratio=pairing.ratio * factor,
+        low=pairing.low * factor,
+        high=pairing.high * factor,
+        method=pairing.method + ", held to what the clock outside saw",
+    )
 
 
 class Ended(Exception):
