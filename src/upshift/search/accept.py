@@ -41,6 +41,8 @@ FAR = 0.5
 WILD = 0.5
 #: On a flat curve: a planned loss higher by this share of the starting loss is harm.
 FLAT_MARGIN = 0.005
+#: A lag that is not shown to be there, but is no evidence of its absence either.
+TOO_FAR = 0.05
 #: A loss that is too good belongs to another training, or is not the same loss.
 UNEXPLAINED = "the loss falls faster per step than stock, which rounding does not explain"
 
@@ -166,7 +168,7 @@ def _by_lag(
             return proof("none", False, f"not shown: {UNEXPLAINED}: lower by {-lag.excess:.2%} of the starting loss")
         weaker.append(lag.reason)
         return proof("update", True, f"updates agree; {lag.reason}")
-    if lag.high < -MARGIN and not (reseeds or wild):
+    if lag.high < 0.0 and lag.lag < -MARGIN and not (reseeds or wild):
         return proof("none", False, f"not shown: {UNEXPLAINED}: lag {lag.lag:+.2%}, at most {lag.high:+.2%}")
     if lag.high < -MARGIN:
         weaker.append(f"the loss falls faster per step than stock (lag {lag.lag:+.2%})")
@@ -181,6 +183,8 @@ def _by_lag(
         return proof("none", False, f"it needs more steps: lag {lag.lag:+.2%}, {lag.low:+.2%} to {lag.high:+.2%}")
     if far and lag.lag > max(allowed, spread if wild else 0.0):
         return proof("none", False, f"the planned loss is far higher: lag {lag.lag:+.2%}, up to {lag.high:+.2%}")
+    if lag.lag > TOO_FAR and not (reseeds or wild):
+        return proof("none", False, f"not shown: lag {lag.lag:+.2%} in {lag.steps} steps, too few to exclude or show it")
     smallest = f"{lag.smallest:.2%}" if lag.smallest is not None else "more"
     weaker.append(f"{lag.steps} steps are too few for the curves: the smallest lag they could have shown is {smallest}")
     return proof("update", True, f"updates agree; lag {lag.lag:+.2%}, compatible with none")

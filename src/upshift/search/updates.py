@@ -99,7 +99,7 @@ GROWTH: dict[Precision, tuple[float, float]] = {
     "bfloat16": (3.0, 0.10),
 }
 #: Relative error of step 2 below which training does not amplify rounding.
-TAME: dict[Precision, float] = {"optimizer": 0.01, "float32": 0.05, "bfloat16": 0.3}
+TAME: dict[Precision, float] = {"optimizer": 0.01, "float32": 0.02, "bfloat16": 0.3}
 #: Part of the relative error that may show in the norm ratio of the first step in bf16.
 LEAK = 0.03
 #: A parameter the reference moves, with less than this part of its update left, is dead.
