@@ -184,7 +184,10 @@ def _by_lag(
     if far and lag.lag > max(allowed, spread if wild else 0.0):
         return proof("none", False, f"the planned loss is far higher: lag {lag.lag:+.2%}, up to {lag.high:+.2%}")
     if lag.lag > TOO_FAR and not (reseeds or wild):
-        return proof("none", False, f"not shown: lag {lag.lag:+.2%} in {lag.steps} steps, too few to exclude or show it")
+        return proof(
+            "none", False, f"not shown: lag {lag.lag:+.2%} in {lag.steps} steps, too few to exclude or show it"
+        )
     smallest = f"{lag.smallest:.2%}" if lag.smallest is not None else "more"
-    weaker.append(f"{lag.steps} steps are too few for the curves: the smallest lag they could have shown is {smallest}")
+    few = f"{lag.steps} steps are too few for the curves"
+    weaker.append(f"{few}: the smallest lag they could have shown is {smallest}")
     return proof("update", True, f"updates agree; lag {lag.lag:+.2%}, compatible with none")
