@@ -31,7 +31,7 @@ imports: $(STAMP) ## which layer may import which
 	$(BIN)/lint-imports
 
 unit: $(STAMP)   ## the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-cuda: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m cuda

@@ -16,6 +16,7 @@ from sample_records import HOSTILE
 
 from upshift.records import Finding, Measurement, Plan, Run, TuneReport
 from upshift.records.quantity import Record
+from upshift.records.trial import Band
 from upshift.report import html, terminal
 
 FLOATS = st.one_of(
@@ -49,13 +50,31 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(any_of(arguments[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(any_of(arguments[0]), any_of(arguments[1]), max_size=2)
+    if kind is Band:
+        return st.integers(1, 3).flatmap(a_band)
     assert issubclass(kind, Record), kind
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: any_of(hints[name]) for name in kind.__struct_fields__})
 
 
+def a_band(count: int) -> st.SearchStrategy[Band]:
+    """A band checks itself, so only sound ones can lie in a record."""
+
+    def columns(values: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[float, ...]]:
+        return st.lists(values, min_size=count, max_size=count).map(tuple)
+
+    return st.builds(
+        Band,
+        first=st.just(tuple(range(0, 10 * count, 10))),
+        length=st.just((10,) * count),
+        mean=columns(st.floats(allow_nan=False, allow_infinity=False)),
+        spread=columns(st.floats(0, 1e300)),
+        between=columns(st.floats(0, 1e300)),
+    )
+
+
 RELAXED = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
