@@ -41,7 +41,7 @@ FAR = 0.5
 WILD = 0.5
 #: On a flat curve: a planned loss higher by this share of the starting loss is harm.
 FLAT_MARGIN = 0.005
-#: A lag that is not shown to be there, but is no evidence of its absence either.
+#: A lag, of either sign, that is not shown to be there, but is no evidence of its absence either.
 TOO_FAR = 0.05
 #: A loss that is too good belongs to another training, or is not the same loss.
 UNEXPLAINED = "the loss falls faster per step than stock, which rounding does not explain"
@@ -183,7 +183,7 @@ def _by_lag(
         return proof("none", False, f"it needs more steps: lag {lag.lag:+.2%}, {lag.low:+.2%} to {lag.high:+.2%}")
     if far and lag.lag > max(allowed, spread if wild else 0.0):
         return proof("none", False, f"the planned loss is far higher: lag {lag.lag:+.2%}, up to {lag.high:+.2%}")
-    if lag.lag > TOO_FAR and not (reseeds or wild):
+    if abs(lag.lag) > TOO_FAR and not (reseeds or wild):
         return proof(
             "none", False, f"not shown: lag {lag.lag:+.2%} in {lag.steps} steps, too few to exclude or show it"
         )
