@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types imports unit test-cuda soak mutants bench bench-proof data clean
+.PHONY: help demo test lint types imports unit test-frameworks test-cuda soak mutants bench bench-proof data clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,6 +32,10 @@ imports: $(STAMP) ## which layer may import which
 
 unit: $(STAMP)   ## the tests
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-frameworks: $(STAMP)  ## Lightning, Trainer and Accelerate (installs them)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[frameworks]'
+	$(BIN)/pytest tests/e2e/test_frameworks.py
 
 test-cuda: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m cuda
