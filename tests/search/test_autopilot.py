@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -267,3 +268,21 @@ def test_a_training_too_short_for_any_search_tries_nothing(world: World) -> None
     outcome = pilot.run()
     assert not outcome.kept and outcome_of(outcome, "good") == "not tried"
     assert "too little to pay" in outcome.verdict
+
+
+def noisy(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, factor: float) -> Outcome:
+    """A search in which single trials are too short for the noise."""
+    world = World(folder / str(seed), noise=0.4, factor={"good": factor}, random=random.Random(seed))
+    world.folder.mkdir()
+    for module in ("upshift.search.duel", "upshift.search.autopilot", "upshift.search.confirm"):
+        monkeypatch.setattr(f"{module}.time.monotonic", lambda: world.clock)
+    return search(world, make_technique("good", live=False), budget=75.0)
+
+
+def test_what_no_trial_could_resolve_gets_the_time_that_is_left(tmp_path, monkeypatch) -> None:
+    found = [noisy(tmp_path, monkeypatch, seed, 0.8) for seed in range(12)]
+    late = [item for item in found if item.kept and item.kept[0].speedup is None]
+    assert late and all("not resolved when screened" in item.kept[0].note for item in late)
+    assert sum(bool(item.kept) for item in found) > len(late)
+    # What does nothing is not kept for having looked good once.
+    assert not any(noisy(tmp_path, monkeypatch, 100 + seed, 1.0).kept for seed in range(25))

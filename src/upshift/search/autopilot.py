@@ -36,6 +36,9 @@ LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 
 #: The least seconds of a live trial; what a compiler is expected to take before the first step.
 LIVE_SECONDS, PREPARING = 4.0, 25.0
 
+#: A ratio from which a trial that could not tell is worth the rest of the time.
+PROMISING = 1.03
+
 #: Why a trial is not made although time is left.
 KEPT = "what is left of the budget is kept for the confirmation; a larger --budget buys this trial"
 
@@ -230,7 +233,8 @@ class Autopilot:
                 plan = self._screen_live(first, {})
                 plan = self._screen_process(process, plan)
                 plan = self._screen_live(later, plan)
-            confirmation = self._confirm(plan) if plan else None
+            doubt = {} if plan else self._unresolved()
+            confirmation = self._confirm(plan or doubt, everything=bool(doubt)) if plan or doubt else None
         except KeyboardInterrupt:
             outcome.interrupted = True
             confirmation = None
@@ -239,6 +243,23 @@ class Autopilot:
         outcome.trials = tuple(self.trials)
         outcome.seconds = time.monotonic() - self.began
         return outcome
+
+    def _unresolved(self) -> ArmPlan:
+        """The candidate that looked best where no trial could tell: the time that is left goes into its confirmation.
+
+        Fresh processes decide, by a test of their own, so nothing is kept that only looked good.
+        """
+        best: Trial | None = None
+        for trial in self.trials:
+            pairing = trial.pairing
+            if trial.stage != "screen" or trial.outcome != "no change" or pairing is None:
+                continue
+            if pairing.ratio >= PROMISING and (best is None or pairing.ratio > _ratio(best)):
+                best = trial
+        if best is None or self._left() < self._reserve():
+            return {}
+        self.say(f"{best.name}: not resolved when screened; the time left goes into its confirmation")
+        return {name: dict(settings) for name, settings in best.candidate.items()}
 
     def _known(self, candidate: Candidate, base: ArmPlan) -> Trial | None:
         return self.earlier.get((candidate.label, str(sorted(base))))
@@ -336,8 +357,12 @@ class Autopilot:
             name: self.techniques[name].numerics(dict(settings), self.seen.facts) for name, settings in plan.items()
         }
 
-    def _confirm(self, plan: ArmPlan) -> Confirmation | None:
-        """Confirm the plan; where the proof fails, drop the riskiest technique and try once more."""
+    def _confirm(self, plan: ArmPlan, everything: bool = False) -> Confirmation | None:
+        """Confirm the plan; where the proof fails, drop the riskiest technique and try once more.
+
+        Args:
+            everything: spend all the time that is left on it.
+        """
         has_dropout = any("Dropout" in layer for model in self.seen.facts.models for layer in model.layers)
         live = {name: self.techniques[name].card.switchable == "live" for name in plan}
         last: Confirmation | None = None
@@ -346,7 +371,8 @@ class Autopilot:
                 return last
             kinds = self.numerics(plan)
             spare = self._left() - 2 * self.startup - 2 * 12 * self.step
-            seconds = min(max(self.options.budget * CONFIRM_SHARE, 20.0), max(spare, 15.0))
+            share = spare if everything else self.options.budget * CONFIRM_SHARE
+            seconds = min(max(share, 20.0), max(spare, 15.0))
             try:
                 last = confirm(
                     self._duel,
@@ -424,7 +450,7 @@ class Autopilot:
                         attribution=None if alone is None else alone.ratio,
                         attribution_low=None if alone is None else alone.low,
                         attribution_high=None if alone is None else alone.high,
-                        note="" if alone is not None else "taken alone: not resolved; the figure is from screening",
+                        note="" if alone is not None else _NOT_ALONE if screened is not None else _NOT_SCREENED,
                     )
                 )
             outcome.break_even = _break_even(confirmation)
@@ -481,6 +507,14 @@ class Autopilot:
             skipped = next((trial.reason for trial in self.trials if trial.outcome == "not tried"), "nothing applies")
             return f"Keep your baseline: nothing was tried ({skipped})."
         return "Keep your baseline: nothing tried made the training step faster beyond the noise."
+
+
+_NOT_ALONE = "taken alone: not resolved; the figure is from screening"
+_NOT_SCREENED = "not resolved when screened: the plan's own figure is the evidence"
+
+
+def _ratio(trial: Trial) -> float:
+    return trial.pairing.ratio if trial.pairing is not None else 1.0
 
 
 def _break_even(confirmation: Confirmation) -> float | None:
