@@ -21,7 +21,7 @@ one() { # NAME BUDGET "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
     upshift compare runs/*
 }
 
-one digits 75s "" "--epochs 2"
-one char_gpt 110s "--sample 0" "--sample 0 --max-steps 30"
+one digits 105s "" "--epochs 2"
+one char_gpt 120s "--sample 0" "--sample 0 --max-steps 30"
 title "reports"
 for page in .upshift/reports/*.html; do echo "$work/$page" >&2; done
