@@ -219,7 +219,7 @@ class Autopilot:
         for trial in refused:
             self._add(trial)
         live = [item for item in found if item.live]
-        process = [item for item in found if not item.live]
+        process = sorted((item for item in found if not item.live), key=self._gain_per_second, reverse=True)
         told = forecast(self.startup, self.step, self.options.budget, len(live), len(process))
         self.say(told)
         outcome = Outcome(forecast=told)
@@ -263,6 +263,13 @@ class Autopilot:
 
     def _known(self, candidate: Candidate, base: ArmPlan) -> Trial | None:
         return self.earlier.get((candidate.label, str(sorted(base))))
+
+    def _gain_per_second(self, candidate: Candidate) -> float:
+        """What a process trial promises for what it costs: a compiler comes after an allocator that promises half."""
+        cost = self.startup + 6.0 + (PREPARING if candidate.prepares else 0.0)
+        if candidate.fills and self.steps_per_epoch:
+            cost += self.steps_per_epoch * self.step
+        return (candidate.gain - 1.0) / cost
 
     def _by_promise(self, live: list[Candidate], process: list[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
         """Live candidates to try before the process ones, and those that can wait.
