@@ -711,3 +711,23 @@ def test_sleep_ends_for_wrapped_optimizers_and_leaves_roots_alone(sleepy):
             once(model, optimizer)
         assert seen.watch.index == 30 and seen.watch.may_sleep
         assert [ref() for ref in seen.watch.models] == [model]
+
+
+def test_the_end_of_an_epoch_is_no_batch():
+    model = nn.Linear(2, 1)
+    with watched(Keeping()) as seen:
+        train_loader = DataLoader(torch.randn(8, 2), batch_size=2)
+        eval_loader = DataLoader(torch.randn(4, 2), batch_size=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            for batch in train_loader:
+                optimizer.zero_grad()
+                model(batch).sum().backward()
+                optimizer.step()
+            with torch.no_grad():
+                for batch in eval_loader:
+                    model(batch)
+        once(model, optimizer)  # what follows the last step is in no step
+    assert sum(record.batches for record in seen.records) == 12
+    assert not seen.watch.evaluation_only(train_loader) and seen.watch.evaluation_only(eval_loader)
+    assert seen.watch.waited(train_loader)[1] == 12

@@ -345,13 +345,17 @@ class Watch(Books):
             outer, watch.inner = watch.inner, 0.0
             busy, watch._busy = watch._busy, True
             watch._in_data = True
+            found_one = 0
             try:
-                return original_next(iterator)
+                batch = original_next(iterator)
+                found_one = 1
+                return batch
             finally:
+                # The end of an epoch takes time, too, but is no batch.
                 watch._in_data = False
                 watch._busy = busy
                 watch._last_loader = key
-                watch._data_done(start, outer, now(), key, grad_enabled(), 1, 0)
+                watch._data_done(start, outer, now(), key, grad_enabled(), found_one, 0)
 
         self.patches.set(loader_class, "__init__", like(original_init, __init__))
         self.patches.set(loader_class, "__iter__", like(original_iter, __iter__))
