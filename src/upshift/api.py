@@ -565,8 +565,10 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
             f"there is nothing to verify: {'; '.join(chosen.notes)}.",
             remedy="Run upshift tune first, or name a --plan.",
         )
-    device = device_name(kinds_here()[0])
-    mark = fingerprint(target.name, target.arguments, device, chosen.techniques, module=target.module)
+    plan = _plan_here(Path(chosen.file))
+    device = plan.device if plan is not None else device_name(kinds_here()[0])
+    files = plan.fingerprint.files if plan is not None else ()
+    mark = fingerprint(target.name, target.arguments, device, chosen.techniques, files=files, module=target.module)
     wanted = Options(metric, options.seeds, options.margin, "best" if options.best else "last", options.price,
                      options.timeout)  # fmt: skip
     blank = Verification(
@@ -602,8 +604,14 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     ).run()
     found = conclude(runs, wanted, blank)
     codec.write(file, found)
-    _write_answer(Path(chosen.file), device, found)
+    _write_answer(Path(chosen.file), plan, found)
     return found
+
+
+def _plan_here(file: Path) -> Plan | None:
+    """The plan of a file for this machine; None where there is only one of another."""
+    plans = planfile.read(file)
+    return next((found for kind in kinds_here() if (found := plans.get(slug(device_name(kind)))) is not None), None)
 
 
 def _runs_before(file: Path, blank: Verification, options: VerifyOptions) -> tuple[WholeRun, ...]:
@@ -615,9 +623,8 @@ def _runs_before(file: Path, blank: Verification, options: VerifyOptions) -> tup
     return tuple(run for run in before.runs if run.seed < options.seeds) if same else ()
 
 
-def _write_answer(file: Path, device: str, found: Verification) -> None:
+def _write_answer(file: Path, plan: Plan | None, found: Verification) -> None:
     """A plan that is as good reaches the rung `metric`; one that is worse loses its proof."""
-    plan = planfile.read(file).get(slug(device))
     if plan is None or plan.proof is None or found.answer == "not shown":
         return
     good = found.answer == "as good"

@@ -79,6 +79,10 @@ def test_csv_by_its_header():
     assert read("val_f1:max", *lines, source="log.csv") == [0.5, 0.75]
 
 
+def test_a_diverged_value_is_not_left_out():
+    assert read("val loss", "epoch,val loss", "0,0.5", "1,inf", source="log.csv") == [0.5, float("inf")]
+
+
 def test_json_lines_by_dotted_name():
     lines = [json.dumps({"step": i, "eval": {"accuracy": i / 10}, "ok": True}) for i in range(3)]
     assert read("accuracy", *lines) == [0.0, 0.1, 0.2]

@@ -152,7 +152,8 @@ def test_a_plan_the_guard_took_off_was_not_verified(tmp_path):
     assert found.answer == "not shown" and "guard" in found.reason
 
 
-def test_nan_at_the_end_is_worse(tmp_path):
+@pytest.mark.parametrize("end", ["nan", "inf"])
+def test_no_finite_number_at_the_end_is_worse(tmp_path, end):
     def lines(spec: ChildSpec) -> list[str]:
         return (
             [f"accuracy 0.{5 + (spec.seed or 0)}", "accuracy nan"]

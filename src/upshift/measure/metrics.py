@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -246,7 +245,6 @@ def suggestions(names: Iterable[str]) -> list[str]:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text.strip().rstrip("%"))
+        return float(text.strip().rstrip("%"))
     except ValueError:
         return None
-    return value if not math.isinf(value) else None

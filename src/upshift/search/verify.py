@@ -5,6 +5,7 @@ The order of the arms alternates from seed to seed, so that a drift of the machi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from upshift.errors import ScriptFailedError
+from upshift.errors import ScriptFailedError, UsageError
 from upshift.measure.metrics import Metric, Reader
 from upshift.measure.noninferior import interval, judge, ratio, spread
 from upshift.records.runlog import fold
@@ -118,7 +119,7 @@ def _read_on(child: Child, reader: Reader, read: dict[Path, int], at: float) -> 
 def _latest(reader: Reader) -> str:
     try:
         return f"{reader.metric.name} {reader.series()[-1][1]:.5g}"
-    except Exception:
+    except UsageError:
         return f"{reader.metric.name} not seen yet"
 
 
@@ -187,12 +188,13 @@ class Verifier:
 
 
 def final(run: WholeRun, metric: Metric, take: str) -> float | None:
-    """The run's metric: its last value, or its best. None where it is no number."""
-    values = [value for _, value in run.values if value == value]
-    if not values or (take == "last" and run.values[-1][1] != run.values[-1][1]):
-        return None
+    """The run's metric: its last value, or its best finite one. None where that is no finite number."""
     if take == "last":
-        return values[-1]
+        last = run.values[-1][1] if run.values else math.nan
+        return last if math.isfinite(last) else None
+    values = [value for _, value in run.values if math.isfinite(value)]
+    if not values:
+        return None
     return max(values) if metric.mode == "max" else min(values)
 
 
