@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -10,14 +9,13 @@ import msgspec
 
 from upshift.records.plan import Setting
 
-Mode = Literal["run", "diagnose", "screen", "arm"]
+Mode = Literal["run", "diagnose", "arm"]
 
 
 class ChildSpec(msgspec.Struct, frozen=True):
     """What one child process is asked to do. Travels as JSON; nothing in it can import or execute anything.
 
-    `plan` maps technique names to settings. In mode `screen`, `plan` names every technique that may be
-    switched and `arms` the sets to compare, the first being the reference.
+    `plan` maps technique names to settings.
     """
 
     mode: Mode
@@ -25,7 +23,6 @@ class ChildSpec(msgspec.Struct, frozen=True):
     arguments: tuple[str, ...] = ()
     module: bool = False
     plan: dict[str, dict[str, Setting]] = {}
-    arms: tuple[tuple[str, ...], ...] = ()
     options: dict[str, Any] = {}
     seed: int | None = None
     isolate: bool = True
@@ -74,7 +71,3 @@ class Runner(Protocol):
 
 class ChildGone(Exception):
     """The child ended before it answered."""
-
-
-ArmPlan = dict[str, dict[str, Setting]]
-Arms = Sequence[ArmPlan]
