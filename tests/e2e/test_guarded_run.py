@@ -107,7 +107,7 @@ def planned(tmp_path: Path, write, monkeypatch, losses) -> dict[str, str]:
         proof=Proof(rung="trajectory", passed=True, reason="", steps=len(losses), band=band),
     )  # fmt: skip
     planfile.write(tmp_path / "train.upshift.toml", plan)
-    return {"PYTHONPATH": str(tmp_path / "site"), "NAP": "0.01", "STEPS": "350"}
+    return {"PYTHONPATH": str(tmp_path / "site"), "NAP": "0.01", "STEPS": "700"}
 
 
 def told(tmp_path: Path, ended) -> list[str]:
@@ -128,7 +128,7 @@ def test_the_one_that_harms_comes_off_and_the_loss_comes_back(tmp_path, planned)
 
 
 def test_where_the_training_itself_is_the_reason_nothing_stops_and_that_is_said(tmp_path, planned):
-    ended = upshift("run", "train.py", cwd=tmp_path, **{**planned, "STEPS": "800", "WRONG": "1"})
+    ended = upshift("run", "train.py", cwd=tmp_path, **{**planned, "STEPS": "1100", "WRONG": "1"})
     assert ended.code == 0, ended.err
     lines = told(tmp_path, ended)
     assert [name for line in lines for name in ("harmful", "harmless") if f"{name} (rounding) came off" in line] == [
@@ -136,4 +136,4 @@ def test_where_the_training_itself_is_the_reason_nothing_stops_and_that_is_said(
         "harmless",
     ]
     assert "although the script runs untouched" in lines[-1] and len(lines) == 3
-    assert len(ended.out.splitlines()) == 800
+    assert len(ended.out.splitlines()) == 1100
