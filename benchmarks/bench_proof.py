@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -154,11 +154,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 class Bench:
     """The four measurements. `quick` makes each trial once, shorter, and leaves out sizes and lengths in between."""
 
-    def __init__(self, quick: bool, minutes: float, seed: int) -> None:
+    def __init__(self, quick: bool, minutes: float, seed: int, repeats: int | None = None) -> None:
         self.runner = HookRunner()
         self.minutes = minutes
         self.seed = seed
-        self.repeats = 1 if quick else 5
+        self.repeats = repeats or (1 if quick else 5)
         self.seconds = 6.0 if quick else 20.0
         self.fault_seconds = 4.0 if quick else 10.0
 
@@ -246,37 +246,51 @@ class Bench:
         return f"Harmless techniques\n\n{table(head, rows)}"
 
     def faults(self) -> str:
-        """Known harm of graded size: the proof must not pass."""
+        """Known harm of graded size: the proof must not pass. One trial of each in turn, so that a run that ends
+        early has seen all."""
+        harms = [
+            (harm, size)
+            for harm in HARMS
+            for size in (harm.sizes if self.repeats > 1 else sorted({harm.sizes[0], harm.sizes[-1]}))
+        ]
+        trials: list[list[Truth]] = [[] for _ in harms]
+        try:
+            for number in range(self.repeats):
+                for (harm, size), found in zip(harms, trials, strict=True):
+                    plan = planted(fault=harm.kind, size=size, from_step=harm.from_step)
+                    found += self._truth(number, f"{harm.kind} {size:g}", tiny(*harm.script), plan,
+                                         self.fault_seconds, harm.numerics, harm.precision,
+                                         "--dropout" in harm.script)  # fmt: skip
+        except KeyboardInterrupt:
+            tell("interrupted: the table holds what was seen by now")
         rows = []
-        for harm in HARMS:
-            for size in harm.sizes if self.repeats > 1 else sorted({harm.sizes[0], harm.sizes[-1]}):
-                plan = planted(fault=harm.kind, size=size, from_step=harm.from_step)
-                found = self._truths(f"{harm.kind} {size:g}", tiny(*harm.script), plan, self.fault_seconds,
-                                     harm.numerics, harm.precision, "--dropout" in harm.script)  # fmt: skip
-                if found:
-                    rejected = sum(not item.shown for item in found)
-                    weak = sum(item.rung == "update" for item in found)
-                    rows.append([
-                        harm.kind, f"{size:g}", harm.from_step, harm.numerics, f"{rejected} of {len(found)}", weak,
-                        percent(rate_low(rejected, len(found))), found[0].steps, found[0].reason,
-                    ])  # fmt: skip
+        for (harm, size), found in zip(harms, trials, strict=True):
+            if found:
+                rejected = sum(not item.shown for item in found)
+                weak = sum(item.shown and item.rung == "update" for item in found)
+                reasons = Counter(item.reason for item in found if not item.shown)
+                rows.append([
+                    harm.kind, f"{size:g}", harm.from_step, harm.numerics, f"{rejected} of {len(found)}", weak,
+                    percent(rate_low(rejected, len(found))), round(statistics.median(item.steps for item in found)),
+                    reasons.most_common(1)[0][0] if reasons else "",
+                ])  # fmt: skip
         head = ("fault", "size", "from step", "claimed", "rejected", "accepted, labelled", "rejected, at least (95 %)",
-                "steps", "first reason")  # fmt: skip
+                "steps", "most common reason")  # fmt: skip
         return f"Planted faults, {self.fault_seconds:.0f} s of alternation\n\n{table(head, rows)}"
 
-    def _truths(self, name: str, spec: ChildSpec, plan: ArmPlan, seconds: float, numerics: Numerics,
-                precision: Any = "float32", has_dropout: bool = False) -> list[Truth]:  # fmt: skip
-        found = []
-        for number in range(self.repeats):
-            self.seed += 1
-            # Another training each time; of two --seed the last one wins.
-            other = msgspec.structs.replace(spec, arguments=(*spec.arguments, "--seed", str(number)))
-            item = truth(name, self.runner, other, plan, seconds, numerics=numerics, precision=precision,
-                         has_dropout=has_dropout, seed=self.seed)  # fmt: skip
-            tell(f"{name}: {item.failure or f'{item.decision}, quality shown: {item.shown}, {item.reason}'}")
-            if not item.failure:
-                found.append(item)
-        return found
+    def _truths(self, *trial: Any) -> list[Truth]:
+        return [item for number in range(self.repeats) for item in self._truth(number, *trial)]
+
+    def _truth(self, number: int, name: str, spec: ChildSpec, plan: ArmPlan, seconds: float, numerics: Numerics,
+               precision: Any = "float32", has_dropout: bool = False) -> list[Truth]:  # fmt: skip
+        """One trial of one training; empty where it could not be made."""
+        self.seed += 1
+        # Another training each time; of two --seed the last one wins.
+        other = msgspec.structs.replace(spec, arguments=(*spec.arguments, "--seed", str(number)))
+        item = truth(name, self.runner, other, plan, seconds, numerics=numerics, precision=precision,
+                     has_dropout=has_dropout, seed=self.seed)  # fmt: skip
+        tell(f"{name}: {item.failure or f'{item.decision}, quality shown: {item.shown}, {item.reason}'}")
+        return [] if item.failure else [item]
 
 
 def tell(text: str) -> None:
@@ -290,11 +304,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="identical,gains,wins,faults", help="comma-separated parts")
     parser.add_argument("--minutes", type=float, help="time for identical arms (default 20; 2 with --quick)")
+    parser.add_argument("--repeats", type=int, help="trials of each gain, win and fault (default 5; 1 with --quick)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--into", type=Path, help="append the tables to this file")
     options = parser.parse_args()
     minutes = options.minutes or (2.0 if options.quick else 20.0)
-    bench = Bench(options.quick, minutes, options.seed)
+    bench = Bench(options.quick, minutes, options.seed, options.repeats)
     parts: dict[str, Callable[[], str]] = {
         "identical": bench.identical, "gains": bench.gains, "wins": bench.wins, "faults": bench.faults,
     }  # fmt: skip

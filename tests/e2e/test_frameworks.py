@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import python, upshift
 
-from upshift.api import Target, device_name, fingerprint
+from upshift.api import Target
+from upshift.hardware.device import device_name
 from upshift.records import Plan, Proof, planfile
+from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept
 from upshift.records.runlog import fold
 

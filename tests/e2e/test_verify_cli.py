@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import upshift
 
-from upshift.api import Target, device_name, fingerprint
+from upshift.api import Target
+from upshift.hardware.device import device_name
 from upshift.records import Plan, Proof, planfile
+from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept
 
 SCRIPT = """

@@ -1,0 +1,54 @@
+"""Records on disk: load(), the latest run, the report behind a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from upshift.errors import RecordError
+from upshift.records import Plan, Run, TuneReport, codec, planfile
+from upshift.records.planfile import slug
+from upshift.records.runlog import LOG, fold
+
+
+def latest_run(runs: Path = Path(".upshift/runs")) -> Path:
+    """The newest run folder.
+
+    Raises:
+        RecordError: there is none.
+    """
+    found = [path.parent for pattern in (f"*/{LOG}", f"*/*/{LOG}") for path in runs.glob(pattern)]
+    if not found:
+        raise RecordError(f"there is no run in {runs}.", remedy="Start one with upshift run train.py.")
+    newest = max(path.relative_to(runs).parts[0] for path in found)
+    # Of a launch, its first rank.
+    return min(path for path in found if path.relative_to(runs).parts[0] == newest)
+
+
+def load(path: Path) -> Run | TuneReport | dict[str, Plan]:
+    """Whatever record lies at `path`: a run folder, a plan, or a tune report.
+
+    Raises:
+        RecordError, PlanError: it is none of these.
+    """
+    if path.is_dir():
+        ranks = sorted(item.parent.name for item in path.glob(f"*/{LOG}"))
+        if ranks and not (path / LOG).exists():
+            raise RecordError(f"{path} holds several runs.", remedy=f"Name one of them: {', '.join(ranks)}.")
+        return fold(path)
+    if not path.exists():
+        raise RecordError(f"there is no record {path}.", remedy="Name a run folder, a plan or a report.")
+    if path.suffix == ".toml":
+        return planfile.read(path)
+    if path.name == LOG:
+        return fold(path.parent)
+    return codec.read(path, TuneReport)
+
+
+def report_behind(plan_file: Path) -> TuneReport | None:
+    """The report a plan was written with, where it is still there."""
+    name = plan_file.name.removesuffix(".upshift.toml")
+    for candidate in (slug(str(plan_file.parent / name)), slug(name)):
+        file = Path(".upshift") / "reports" / f"{candidate}.json"
+        if file.exists():
+            return codec.read(file, TuneReport)
+    return None

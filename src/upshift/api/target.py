@@ -1,0 +1,69 @@
+"""What a command acts on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from upshift.errors import UsageError
+from upshift.hook import choosing
+
+#: Told what is going on.
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to run: a script, or with `module` a module as `python -m` takes it, and its arguments."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    module: bool = False
+
+    @property
+    def starts_others(self) -> bool:
+        """Whether this is no Python script but a command: `torchrun`, `sh`, an executable that is no script."""
+        path = Path(self.name)
+        if self.module or path.suffix == ".py":
+            return False
+        if path.is_file():
+            return os.access(path, os.X_OK) and not _is_python_script(path)
+        return os.sep not in self.name and shutil.which(self.name) is not None
+
+    def check(self) -> Target:
+        """Raises UsageError where there is no such script, or it is a command that starts others."""
+        if self.starts_others:
+            script = next((item for item in self.arguments if item.endswith(".py")), "train.py")
+            raise UsageError(
+                f"{self.name} starts other programs; only upshift run follows those.",
+                remedy=f"Name the training script itself: {script}, as one process.",
+            )
+        if not self.module:
+            path = Path(self.name)
+            if not path.exists():
+                raise UsageError(f"there is no script {self.name}.", remedy="Check the path; options go before it.")
+            if path.is_dir():
+                raise UsageError(f"{self.name} is a folder.", remedy="Name the training script inside it.")
+        return self
+
+    @property
+    def stem(self) -> Path:
+        """Where files named after the target lie: beside the script, or in the current folder for a module."""
+        return choosing.stem(self.name, self.module)
+
+    @property
+    def plan_file(self) -> Path:
+        """`train.upshift.toml` beside `train.py`."""
+        return choosing.plan_beside(self.name, self.module)
+
+
+def _is_python_script(path: Path) -> bool:
+    """Whether an executable file is a person's Python script; launchers are written in Python, too."""
+    from upshift.hook.launched import LAUNCHERS
+
+    with path.open("rb") as file:
+        first = file.readline(256)
+    return first.startswith(b"#!") and b"python" in first and path.name not in LAUNCHERS

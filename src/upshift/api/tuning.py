@@ -1,0 +1,249 @@
+"""tune(): a plan searched and written with its evidence."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, child, diagnose
+from upshift.api.target import Say, Target
+from upshift.errors import RecordError, ScriptFailedError
+from upshift.hardware.device import device_name
+from upshift.hook.process import HookRunner
+from upshift.records import Finding, Plan, Trial, TuneReport, codec, planfile
+from upshift.records.fingerprint import fingerprint
+from upshift.records.planfile import slug
+from upshift.techniques import registry
+
+
+@dataclass
+class TuneOptions:
+    """What `tune` is asked for. `budget` in seconds, the diagnosis included; None: three minutes, or less where the
+    planned training is too short to pay that back."""
+
+    budget: float | None = None
+    only: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    untested: bool = False
+    steps_planned: int | None = None
+    plan_file: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+    diagnose: DiagnoseOptions = field(default_factory=DiagnoseOptions)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search wrote."""
+
+    report: TuneReport
+    plan: Plan | None
+    plan_file: Path
+    report_file: Path
+    page: Path | None = None
+
+
+class _State:
+    """The trials of a search under way, so that `tune --resume` need not repeat them."""
+
+    def __init__(self, target: Target) -> None:
+        self.file = Path(".upshift") / "tune" / f"{slug(str(target.stem))}.json"
+
+    def load(self, target: Target) -> TuneReport | None:
+        if not self.file.exists():
+            return None
+        try:
+            report = codec.read(self.file, TuneReport)
+        except RecordError:
+            return None
+        return report if report.arguments == target.arguments and report.script == target.name else None
+
+    def save(self, report: TuneReport) -> None:
+        try:
+            codec.write(self.file, report)
+        except OSError:
+            pass  # a search goes on without its notebook
+
+
+def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda text: None,
+         on_diagnosed: Callable[[Diagnosed], None] = lambda found: None,
+         on_limit: Say = lambda text: None) -> Tuned:  # fmt: skip
+    """Search a plan for this script on this machine, and write it with its evidence.
+
+    Args:
+        on_diagnosed: told what the diagnosis found.
+        on_limit: told why the search is given less than the default budget.
+
+    Raises:
+        UpshiftError: see `diagnose`; also when the plan file cannot be written.
+    """
+    from upshift.search.autopilot import Autopilot
+    from upshift.search.autopilot import Options as SearchOptions
+    from upshift.search.candidates import DEFAULT_BUDGET
+
+    options = options or TuneOptions()
+    budget = options.budget or DEFAULT_BUDGET
+    target.check()
+    for name in (*options.only, *options.leave_out):
+        registry.get(name)
+    plan_file = options.plan_file or target.plan_file
+    if not options.dry_run:
+        _check_writable(plan_file)
+    began = time.monotonic()
+    state = _State(target)
+    earlier = state.load(target) if options.resume else None
+    if earlier is not None:
+        say(f"resuming: {len(earlier.trials)} trials are known")
+        found = Diagnosed(earlier.measurement, earlier.findings, earlier.verdict, ())
+        files = _files_of(earlier)
+    else:
+        watch = options.diagnose
+        watch.seconds = min(watch.seconds, max(budget * 0.12, 5.0))
+        found = diagnose(target, watch, say)
+        files = found.files
+    on_diagnosed(found)
+    measurement = found.measurement
+    if any(note.startswith("the script failed") for note in measurement.notes):
+        raise ScriptFailedError(measurement.notes[-1] + ".", remedy="It must run under plain python first.")
+
+    def report_of(trials: Sequence[Trial], verdict: str, **more: Any) -> TuneReport:
+        return TuneReport(
+            script=target.name,
+            arguments=target.arguments,
+            created=time.strftime("%Y-%m-%d %H:%M:%S"),
+            measurement=measurement,
+            findings=found.findings,
+            trials=tuple(trials),
+            verdict=verdict,
+            plan_file=str(plan_file),
+            kept=more.pop("kept", ()),
+            seconds=time.monotonic() - began,
+            budget=budget,
+            isolation=measurement.isolation,
+            **more,
+        )
+
+    seen: list[Trial] = list(earlier.trials) if earlier is not None else []
+
+    def on_trial(trial: Trial) -> None:
+        seen.append(trial)
+        state.save(report_of(seen, "the search was interrupted"))
+        say(f"{trial.name}: {trial.reason or trial.outcome}")
+
+    pilot = Autopilot(
+        HookRunner(),
+        child(target, options.diagnose, "arm"),
+        measurement,
+        {technique.card.name: technique for technique in registry.all_techniques()},
+        SearchOptions(
+            budget=max(budget - (time.monotonic() - began), 20.0),
+            only=options.only,
+            leave_out=options.leave_out,
+            untested=options.untested,
+            steps_planned=options.steps_planned,
+            seed=options.diagnose.seed,
+        ),
+        say,
+        on_trial,
+        earlier=tuple(earlier.trials) if earlier is not None else (),
+        predicted=_predicted(found.findings),
+    )
+    if options.budget is None:
+        limited = pilot.limit(spent := time.monotonic() - began)
+        budget = pilot.options.budget + spent
+        if limited:
+            on_limit(limited)
+    if options.dry_run:
+        told = pilot.plan_ahead()
+        return Tuned(report_of((), told, forecast=told), None, plan_file, plan_file)
+    outcome = pilot.run()
+    final = outcome.confirmation
+    report = report_of(
+        outcome.trials,
+        outcome.verdict,
+        kept=tuple(item.name for item in outcome.kept),
+        forecast=outcome.forecast,
+        interrupted=outcome.interrupted,
+        final=final.pairing if final is not None else None,
+        proof=final.proof if final is not None else None,
+    )
+    plan = _plan(target, report, outcome, files)
+    if outcome.interrupted and not plan.kept and plan_file.exists():
+        say(f"{plan_file} is left as it was")
+    else:
+        planfile.write(plan_file, plan)
+    report_file = Path(".upshift") / "reports" / f"{slug(str(target.stem))}.json"
+    codec.write(report_file, report)
+    from upshift.report import html
+
+    page = report_file.with_suffix(".html")
+    codec.write_bytes(page, html.render_tune(report, plan=plan).encode())
+    if not outcome.interrupted:
+        state.file.unlink(missing_ok=True)
+    return Tuned(report, plan, plan_file, report_file, page)
+
+
+def _predicted(findings: Sequence[Finding]) -> dict[str, float]:
+    """Technique -> the largest speed-up a finding predicts for it."""
+    gains: dict[str, float] = {}
+    for finding in findings:
+        for name in finding.techniques:
+            gains[name] = max(gains.get(name, 1.0), finding.gain.or_else(1.0))
+    return gains
+
+
+def _files_of(report: TuneReport) -> tuple[str, ...]:
+    return (Path(report.script).name,)
+
+
+def _check_writable(file: Path) -> None:
+    """Find out before the search, not after it, that its result cannot be written."""
+    from upshift.errors import EnvironmentError_
+
+    folder = file.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        raise EnvironmentError_(
+            f"the plan {file} cannot be written.", remedy="Name another place with --plan FILE, or make it writable."
+        )
+    try:
+        Path(".upshift").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=".upshift"):
+            pass
+    except OSError as error:
+        raise EnvironmentError_(
+            f"records cannot be written to {Path('.upshift').resolve()}: {error.strerror}.",
+            remedy="Start upshift in a folder that can be written.",
+        ) from None
+    if file.exists():
+        planfile.read(file)
+
+
+def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ...]) -> Plan:
+    final, proof = report.final, report.proof
+    kept = outcome.kept
+    device = device_name(report.measurement.facts.device)
+    techniques = {item.name: dict(item.settings) for item in kept}
+    return Plan(
+        script=target.name,
+        arguments=target.arguments,
+        created=report.created,
+        device=device,
+        verdict=report.verdict,
+        fingerprint=fingerprint(target.name, target.arguments, device, techniques, files=files, module=target.module),
+        speedup=final.ratio if final is not None and kept else None,
+        low=final.low if final is not None and kept else None,
+        high=final.high if final is not None and kept else None,
+        pairs=final.quads if final is not None and kept else 0,
+        break_even_steps=outcome.break_even,
+        one_off_seconds=outcome.confirmation.one_off if outcome.confirmation is not None and kept else 0.0,
+        search_seconds=report.seconds,
+        step_seconds=report.measurement.anatomy.step.value,
+        proof=proof if kept else None,
+        kept=kept,
+        rejected=outcome.rejected,
+    )
