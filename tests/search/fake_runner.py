@@ -141,7 +141,7 @@ class FakeChild:
     def _compare(self, message: dict[str, Any]) -> dict[str, Any]:
         world, budget = self.world, float(message["seconds"])
         sequential, spent = Sequential(budget), 0.0
-        while sequential.decision == "go on" and spent < budget:
+        while sequential.decision == "go on" and not sequential.time_is_up(spent):
             order = (0, 1, 1, 0) if world.random.random() < 0.5 else (1, 0, 0, 1)
             sums = [0.0, 0.0]
             for arm in order:

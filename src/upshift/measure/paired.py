@@ -9,6 +9,10 @@ the autocorrelation that is left. A trimmed mean cannot see an arm that stalls n
 so where far quads lie on one side clearly more often than on the other (binomial test), the plain mean of time
 ratios speaks instead. A gain that fades while it is measured counts as what is left of it.
 
+Bounds: Student's t, and below 60 quads Wilcoxon's signed-rank bounds too (`ranks.py`), whichever is further out: a few
+quads that agree by chance look like a gain without scatter to the former. So seven quads are the least for a decision
+at 99 %.
+
 Looks: `Sequential` decides while measuring. Looks come at geometrically spaced numbers of quads; each spends part of
 the error by the power family of Kim and DeMets (1987) on elapsed time (alpha * t^1.5), shares added up by
 Bonferroni; the interval reported is the repeated confidence interval of that look (Jennison and Turnbull 1989), valid
@@ -22,6 +26,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal, NamedTuple
 
+from upshift.measure import ranks
 from upshift.measure.stats import long_run_variance, normal_quantile, t_quantile
 from upshift.records.trial import Pairing
 
@@ -30,6 +35,8 @@ Decision = Literal["go on", "faster", "slower", "no change"]
 #: A gain below this is not kept. It equals the margin of the lag: a plan whose lower bound is above it stays
 #: faster even if it needs as many more steps as the proof of quality allows.
 AT_LEAST = 1.01
+#: Quads that are waited for when the time is up: fewer hardly show anything.
+LEAST_QUADS = 8
 #: Share trimmed at each end.
 TRIM = 0.2
 #: Spread of a quad (log) below which no clock is believed.
@@ -47,12 +54,28 @@ class Block(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Log of reference time / candidate time, its standard error and degrees of freedom."""
+    """Log of reference time / candidate time, its standard error and degrees of freedom.
+
+    `middle_of`: the quads whose middle it is; none where it is no middle.
+    """
 
     value: float
     error: float
     df: int
     method: str
+    middle_of: Sequence[float] = ()
+
+    def bounds(self, tail: float) -> tuple[float, float]:
+        """One-sided bounds (log), each wrong with probability `tail` at most."""
+        half = t_quantile(1.0 - tail, self.df) * self.error
+        low, high = self.value - half, self.value + half
+        if 0 < len(self.middle_of) <= ranks.ENOUGH:
+            below, above = ranks.bounds(self.middle_of, tail)
+            if math.isinf(below):
+                # Too few to exclude anything: no bound is known, and what is said must hold "no change".
+                below, above = min(*self.middle_of, 0.0), max(*self.middle_of, 0.0)
+            low, high = min(low, below), max(high, above)
+        return low, high
 
 
 def quad_log_ratios(blocks: Sequence[tuple[str, float]]) -> list[float]:
@@ -135,21 +158,20 @@ def _middle_of(quads: Sequence[float]) -> Estimate:
     variance = max(long_run_variance(winsorised), FLOOR**2)
     # Yuen: the variance of a trimmed mean is (n - 1) s_w^2 / (h (h - 1)) with h values kept.
     error = math.sqrt((n - 1) * variance / (len(kept) * (len(kept) - 1)))
-    return Estimate(math.fsum(kept) / len(kept), error, len(kept) - 1, "trimmed mean of ABBA quads")
+    return Estimate(math.fsum(kept) / len(kept), error, len(kept) - 1, "trimmed mean of ABBA quads", quads)
 
 
 def _record(found: Estimate, quads: int, tail: float, level: float, steps: tuple[float, float], how: str) -> Pairing:
-    quantile = t_quantile(1.0 - tail, found.df)
-    half = quantile * found.error
+    low, high = found.bounds(tail)
     return Pairing(
         ratio=_exp(found.value),
-        low=_exp(found.value - half),
-        high=_exp(found.value + half),
+        low=_exp(low),
+        high=_exp(high),
         quads=quads,
         level=level,
         reference_step=steps[0],
         candidate_step=steps[1],
-        smallest=_exp((quantile + normal_quantile(0.9)) * found.error) - 1.0,
+        smallest=_exp(found.value - low + normal_quantile(0.9) * found.error) - 1.0,
         method=f"{found.method}{how}",
     )
 
@@ -183,7 +205,8 @@ class Sequential:
     upper bound is below `at_least` (an improvement worth keeping is excluded) or the time is up.
 
     Args:
-        max_seconds: when to stop at the latest; also the scale on which error is spent.
+        max_seconds: when to stop, or as soon after it as there are `LEAST_QUADS`; also the scale on which error is
+            spent.
         level: one-sided level of each bound over all looks together.
         at_least: the ratio the lower bound must exceed.
         first: quads before the first look.
@@ -220,27 +243,36 @@ class Sequential:
             return self.decision
         if math.isfinite(log_ratio):
             self.quads.append(log_ratio)
-        if elapsed >= self.max_seconds:
+        if self.time_is_up(elapsed):
             return self.finish()
+        if elapsed >= self.max_seconds:
+            return self.decision  # the last look waits for quads that can show something
         if len(self.quads) >= self._next:
             self._next = max(self._next + 1, math.ceil(len(self.quads) * self.growth))
             self._decide(elapsed / self.max_seconds)
         return self.decision
 
+    def time_is_up(self, elapsed: float) -> bool:
+        """Whether measuring ends after so many seconds: at `max_seconds`, or up to twice that for the least quads."""
+        return elapsed >= self.max_seconds * (1.0 if len(self.quads) >= LEAST_QUADS else 2.0)
+
     def finish(self) -> Decision:
         """The last look, with all error that is left: what is not shown by now is `no change`."""
         if self.decision == "go on":
             if len(self.quads) >= 4:
-                self._decide(1.0)
+                self._decide(1.0, last=True)
             if self.decision == "go on":
                 self.decision = "no change"
         return self.decision
 
-    def _decide(self, time: float) -> None:
+    def _decide(self, time: float, last: bool = False) -> None:
         spent = (1.0 - self.level) * min(1.0, time) ** 1.5
-        share, self._spent = spent - self._spent, max(spent, self._spent)
+        share = spent - self._spent
         if share <= 1e-12:
             return
+        if not last and 2.0 ** -len(self.quads) > share:
+            return  # no pattern of so few quads could decide: the error is kept for a look that can
+        self._spent = spent
         self._look = _record(estimate(self.quads), len(self.quads), share, self.level, (0.0, 0.0), ", repeated looks")
         if self._look.low > self.at_least:
             self.decision = "faster"

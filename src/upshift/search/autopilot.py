@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from upshift.measure.paired import LEAST_QUADS
 from upshift.records import Measurement, Pairing, Trial
 from upshift.records.plan import Kept, Rejected
 from upshift.search.candidates import (
@@ -132,7 +133,7 @@ class Autopilot:
 
     def _reserve(self) -> float:
         """What the confirmation needs: two start-ups, the updates of the first steps, and a few quads."""
-        return 2 * self.startup + (24 + 6 * 4) * self.step + 10.0
+        return 2 * self.startup + (24 + LEAST_QUADS * 4) * self.step + 10.0
 
     def _add(self, trial: Trial) -> Trial:
         self.trials.append(trial)
@@ -278,7 +279,7 @@ class Autopilot:
         promises nothing must not use up the time of what does.
         """
         best = max((item.gain for item in process), default=1.0)
-        slow = len(live) * max(6 * 4 * self.step, LIVE_SECONDS) > self.options.budget * LIVE_SHARE
+        slow = len(live) * max(LEAST_QUADS * 4 * self.step, LIVE_SECONDS) > self.options.budget * LIVE_SHARE
         if not slow or best < 1.08:
             return live, []
         return [item for item in live if item.gain >= best], [item for item in live if item.gain < best]
@@ -287,7 +288,7 @@ class Autopilot:
         if not found:
             return base
         share = self.options.budget * LIVE_SHARE - self.startup
-        each = min(max(share / len(found), LIVE_SECONDS, 6 * 4 * self.step), 15.0 + 30 * self.step)
+        each = min(max(share / len(found), LIVE_SECONDS, LEAST_QUADS * 4 * self.step), 15.0 + 30 * self.step)
         screen = LiveScreen(self._duel, self.say, base)
         try:
             for candidate in found:
@@ -304,7 +305,7 @@ class Autopilot:
         if not found:
             return base
         share = self.options.budget * PROCESS_SHARE
-        each = min(max(share / len(found) - self.startup, 6.0, 6 * 4 * self.step), 20.0 + 30 * self.step)
+        each = min(max(share / len(found) - self.startup, 6.0, LEAST_QUADS * 4 * self.step), 20.0 + 30 * self.step)
         screen = ProcessScreen(self._duel, base, self.say, self.steps_per_epoch)
         try:
             for candidate in found:

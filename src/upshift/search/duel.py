@@ -292,7 +292,7 @@ class Duel:
                     sequential.quads.append(value)
             if on_quad is not None:
                 on_quad(sequential, elapsed)
-            if sequential.decision != "go on" or elapsed >= seconds:
+            if sequential.decision != "go on" or sequential.time_is_up(elapsed):
                 break
         decision = sequential.finish()
         found = sequential.pairing((self.step(0), self.step(1)))
