@@ -6,7 +6,8 @@ What is patched, and why there:
     DataLoader.__init__/__iter__, _BaseDataLoaderIter.__next__
     torch.optim.Optimizer.__init__  to know how many optimizers make one global step
     optimizer step hooks            torch's own; `optimizer.step` itself is left alone (schedulers wrap it)
-    torch.save                      to tell checkpoints from training
+    torch.save                      to tell checkpoints from training; techniques may act on what is written
+    torch.nn.functional.cross_entropy  only for techniques that act on the loss function (`losses.py`)
 
 Times are self-times: a phase does not contain a phase nested in it (a closure's backward inside `optimizer.step`).
 No global module hooks, dispatch modes or profilers in the steady state.
@@ -26,8 +27,10 @@ import weakref
 from typing import Any
 
 from upshift.hook.books import Books
+from upshift.hook.checkpoints import as_written, watch_safetensors
+from upshift.hook.losses import watch_losses
 from upshift.hook.peek import has_parameters, like, running_steps, shapes_of, start_value
-from upshift.sites import LoaderArgs, LoaderReady, ModelSeen, Moment, OptimizerSeen, ProcessStart
+from upshift.sites import LoaderArgs, LoaderReady, LossFunctionSeen, ModelSeen, Moment, OptimizerSeen, ProcessStart
 
 
 class Watch(Books):
@@ -45,6 +48,10 @@ class Watch(Books):
         self._patch_loader(torch)
         self._patch_optimizer(torch)
         self._patch_save(torch)
+        if self.stage.listens(LossFunctionSeen.site):
+            watch_losses(torch, self)
+        if self.stage.listens("checkpoint"):
+            watch_safetensors(self.stage, self.patches)
         os.register_at_fork(after_in_child=self.close)
 
     def close(self) -> None:
@@ -496,6 +503,7 @@ class Watch(Books):
         watch = self
 
         def save(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = as_written(watch.stage, "obj", args, kwargs)
             if ident() != watch.thread or watch.span_start:
                 return original(*args, **kwargs)
             start = now()

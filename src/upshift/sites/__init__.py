@@ -3,6 +3,7 @@
 from upshift.sites.moments import (
     LoaderArgs,
     LoaderReady,
+    LossFunctionSeen,
     ModelSeen,
     Moment,
     OptimizerSeen,
@@ -12,7 +13,9 @@ from upshift.sites.moments import (
 from upshift.sites.protocol import (
     Applied,
     Card,
+    CheckpointApplied,
     ForwardApplied,
+    LossApplied,
     NoEffect,
     Numerics,
     StepApplied,
@@ -22,6 +25,7 @@ from upshift.sites.protocol import (
 from upshift.sites.stage import Stage
 
 __all__ = [
-    "Applied", "Card", "ForwardApplied", "LoaderArgs", "LoaderReady", "ModelSeen", "Moment", "NoEffect",
-    "Numerics", "OptimizerSeen", "ProcessEnv", "ProcessStart", "Stage", "StepApplied", "Technique", "Verdict",
+    "Applied", "Card", "CheckpointApplied", "ForwardApplied", "LoaderArgs", "LoaderReady", "LossApplied",
+    "LossFunctionSeen", "ModelSeen", "Moment", "NoEffect", "Numerics", "OptimizerSeen", "ProcessEnv", "ProcessStart",
+    "Stage", "StepApplied", "Technique", "Verdict",
 ]  # fmt: skip

@@ -7,8 +7,11 @@ loader_args         a DataLoader is about to be built; its arguments can be chan
 loader_ready        a DataLoader was built and is about to be iterated for the first time
 model_created       a root module with parameters is about to be called for the first time
 optimizer_created   an optimizer is about to make its first step
+loss_function       cross_entropy of torch.nn.functional is about to be called for the first time in training
 forward             every call of a root module (ForwardApplied.around)
 step                before every optimizer step (StepApplied.before_step)
+loss                every call of that loss function in training (LossApplied.before_loss)
+checkpoint          every tensor that torch.save or safetensors is about to write (CheckpointApplied.written)
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 SITES = (
     "process_env", "process_start", "loader_args", "loader_ready", "model_created", "optimizer_created",
-    "forward", "backward", "step", "epoch", "end",
+    "loss_function", "forward", "backward", "step", "loss", "checkpoint", "epoch", "end",
 )  # fmt: skip
 
 
@@ -88,3 +91,11 @@ class OptimizerSeen(Moment):
 
     site: ClassVar[str] = "optimizer_created"
     optimizer: torch.optim.Optimizer
+
+
+@dataclass
+class LossFunctionSeen(Moment):
+    """A function of `torch.nn.functional` before its first call with gradients on, outside of evaluation."""
+
+    site: ClassVar[str] = "loss_function"
+    name: str

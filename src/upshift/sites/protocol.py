@@ -142,6 +142,22 @@ class StepApplied(Applied, Protocol):
         """Called before `optimizer.step` touches a parameter."""
 
 
+@runtime_checkable
+class LossApplied(Applied, Protocol):
+    """Acts before every call of a loss function in training."""
+
+    def before_loss(self, arguments: dict[str, Any]) -> None:
+        """`arguments` are those of the call, bound to their names, with defaults left out; change in place."""
+
+
+@runtime_checkable
+class CheckpointApplied(Applied, Protocol):
+    """Acts on the tensors of a checkpoint, so that it is what the script itself would have written."""
+
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` (detached), or what is to be written in its place; `tensor` itself is never changed."""
+
+
 class Technique(Protocol):
     """One change to the execution of one run. Instances hold no state; what acts is the `Applied`."""
 

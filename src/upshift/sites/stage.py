@@ -10,8 +10,16 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from upshift.records.plan import Setting
-from upshift.sites.moments import ModelSeen, Moment, OptimizerSeen
-from upshift.sites.protocol import Applied, ForwardApplied, NoEffect, StepApplied, Technique
+from upshift.sites.moments import LossFunctionSeen, ModelSeen, Moment, OptimizerSeen
+from upshift.sites.protocol import (
+    Applied,
+    CheckpointApplied,
+    ForwardApplied,
+    LossApplied,
+    NoEffect,
+    StepApplied,
+    Technique,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +45,7 @@ class Stage:
         self.outside: dict[str, str] = {}
         self._forward: dict[int, list[tuple[str, ForwardApplied]]] = {}
         self._step: dict[int, list[tuple[str, StepApplied]]] = {}
+        self._loss: dict[str, list[tuple[str, LossApplied]]] = {}
         self._alive: dict[int, Any] = {}
 
     @property
@@ -49,6 +58,10 @@ class Stage:
         """Techniques that really act on something now."""
         outside = [name for name, reason in self.outside.items() if name in self._entries and not reason]
         return (*outside, *(name for name, items in self._applied.items() if items and name not in outside))
+
+    def listens(self, site: str) -> bool:
+        """Whether a technique acts at this site at all; what nobody asked for need not be patched."""
+        return any(site in technique.card.sites for technique, _ in self._entries.values())
 
     def raise_site(self, moment: Moment) -> None:
         """Offer a moment to every technique whose card names its site."""
@@ -88,6 +101,8 @@ class Stage:
         if isinstance(moment, OptimizerSeen) and isinstance(applied, StepApplied):
             self._keep(moment.optimizer, self._step)
             self._step.setdefault(id(moment.optimizer), []).append((name, applied))
+        if isinstance(moment, LossFunctionSeen) and isinstance(applied, LossApplied):
+            self._loss.setdefault(moment.name, []).append((name, applied))
         if name in self._off:
             applied.switch(False)
         if first and applied.note:
@@ -112,6 +127,15 @@ class Stage:
         """What acts before steps of this optimizer."""
         return tuple(item for item in self._step.get(id(optimizer), ()) if item[0] not in self._off)
 
+    def losses_for(self, function: str) -> tuple[tuple[str, LossApplied], ...]:
+        """What acts before calls of this loss function in training."""
+        return tuple(item for item in self._loss.get(function, ()) if item[0] not in self._off)
+
+    def checkpoints(self) -> tuple[CheckpointApplied, ...]:
+        """What acts on the tensors of a checkpoint."""
+        acting = ((name, item) for name, items in self._applied.items() for item in items)
+        return tuple(item for name, item in acting if name not in self._off and isinstance(item, CheckpointApplied))
+
     def switch(self, on: Iterable[str]) -> bool:
         """Let exactly the techniques named be in effect (live ones only). Returns whether anything changed."""
         wanted = set(on)
@@ -134,6 +158,8 @@ class Stage:
             self._forward[key] = [item for item in around if item[0] != name]
         for key, before in list(self._step.items()):
             self._step[key] = [item for item in before if item[0] != name]
+        for function, acting in list(self._loss.items()):
+            self._loss[function] = [item for item in acting if item[0] != name]
         for applied in reversed(self._applied.pop(name, [])):
             try:
                 applied.close()
@@ -176,3 +202,4 @@ class Stage:
                     self._say("failed", name, f"could not be undone: {type(error).__name__}: {error}")
         self._forward.clear()
         self._step.clear()
+        self._loss.clear()

@@ -5,6 +5,7 @@ tensor's meaning: shapes, indices, `state_dict` keys and values stay the same.
 Limits: `view` of an image-shaped activation fails in this order (`reshape` works), so the first call in each mode is
 watched and repeated in the old order where it fails. Outputs are handed back in the old order. A dropout mask drawn
 over an image-shaped activation falls on other elements. Weights that share memory with other tensors stay as they are.
+A model that is pickled whole keeps this order in the file.
 Layout of optimizer state: fused CPU optimizer kernels walk memory and ignore strides, so parameters, gradients and
 state must change their order together; whoever changes one here changes all.
 
@@ -109,6 +110,7 @@ class _Model(BaseApplied):
         self.note = f"{len(found)} convolution weights of {type(module).__name__} in channels-last order"
         self._weights = [weakref.ref(weight) for weight in found]
         self._before = {id(weight): weight.stride() for weight in found}
+        self._shapes = {weight.shape: weight.stride() for weight in found}
         self._dimensions = (4, 5) if volumes else (4,)
         self._on = False
         self._tried: set[bool] = set()
@@ -181,6 +183,19 @@ class _Model(BaseApplied):
         for optimizer in list(_optimizers):
             align_state(optimizer)
 
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A checkpoint has the script's own order: safetensors refuses this one, and a fused optimizer that meets
+        state in another order than its parameters corrupts them without a word.
+
+        Known by shape, so that copies (averages of the weights, optimizer state) are put in order too.
+        """
+        import torch
+
+        strides = self._shapes.get(tensor.shape) if self._on else None
+        if strides is None or tensor.is_contiguous() or not _last(tensor):
+            return tensor
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
     def effect(self) -> NoEffect | None:
         return NoEffect(self._refused) if self._refused else None
 
@@ -241,11 +256,11 @@ class ChannelsLast:
         name="channels_last",
         summary="Stores images and convolution weights channels-last, the order convolution kernels compute in.",
         source="PyTorch memory format tutorial; Li et al. 2016 (arXiv:1610.03618)",
-        sites=("model_created", "forward", "optimizer_created", "step"),
+        sites=("model_created", "forward", "optimizer_created", "step", "checkpoint"),
         numerics=Numerics.ROUNDING,
         switchable="live",
         targets=("forward", "backward"),
-        details="Checkpoints are unaffected: the order of memory is not part of a tensor's value.",
+        details="Tensors in a checkpoint are written in the order they have without this technique.",
         settings={
             "volumes": SettingSpec(default=False, doc="3-D convolutions too (channels_last_3d)"),
         },
