@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from upshift.measure.lag import lag
+from upshift.measure.updates import check_updates
 from upshift.records import Proof
 from upshift.search.accept import accept
 from upshift.search.alike import parted
 from upshift.search.duel import Arm
-from upshift.search.updates import check_updates
 from upshift.sites import Numerics
 
 sys.path.append(str(Path(__file__).parents[1] / "search"))

@@ -11,7 +11,7 @@ import torch
 from arms import Training, trained, verdict
 from torch import nn
 
-from upshift.search.updates import check_updates
+from upshift.measure.updates import check_updates
 from upshift.sites import Numerics
 
 

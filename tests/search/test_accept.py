@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from upshift.measure.lag import LagResult, lag
+from upshift.measure.updates import NOTHING_MOVED, check_updates
 from upshift.records.codec import dumps
 from upshift.records.trial import RUNGS, Proof, UpdateCheck
 from upshift.search.accept import accept
-from upshift.search.updates import NOTHING_MOVED, check_updates
 from upshift.sites import Numerics
 
 Updates = dict[str, np.ndarray]

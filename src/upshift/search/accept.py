@@ -29,8 +29,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from upshift.measure.lag import MARGIN, LagResult
+from upshift.measure.updates import NOTHING_MOVED
 from upshift.records.trial import Proof, Rung, UpdateCheck
-from upshift.search.updates import NOTHING_MOVED
 from upshift.sites import Numerics
 
 #: A planned loss higher on average than stock by this part of the spread from batch to batch is harm, even where

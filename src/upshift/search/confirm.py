@@ -17,13 +17,13 @@ import msgspec
 from upshift.measure.band import band_of
 from upshift.measure.lag import lag
 from upshift.measure.paired import Sequential
+from upshift.measure.updates import Precision, check_updates
 from upshift.records import Pairing, Proof
 from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.alike import parted
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
 from upshift.search.screening import compare_live, one_off_seconds, with_epochs, within_reach
-from upshift.search.updates import Precision, check_updates
 from upshift.sites import Numerics
 
 #: Steps after which both arms have made all the updates that are compared.

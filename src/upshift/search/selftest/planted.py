@@ -11,12 +11,12 @@ from pathlib import Path
 
 import msgspec
 
+from upshift.measure.updates import Precision
 from upshift.records import Pairing
 from upshift.records.plan import Setting
 from upshift.search.confirm import confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel, Ended
 from upshift.search.selftest.result import Truth
-from upshift.search.updates import Precision
 from upshift.sites import Numerics
 from upshift.sites.runner import Child, ChildSpec, Runner
 
