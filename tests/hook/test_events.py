@@ -6,7 +6,7 @@ import pytest
 import torch
 from watched import Keeping, watched
 
-from upshift.hook.events import WAITING_STEPS, DevicePhases
+from upshift.hook.events import WAITING_STEPS, DevicePhases, StreamEvent
 
 
 class Device:
@@ -99,7 +99,7 @@ def test_on_a_device_the_backward_takes_longer_than_nothing():
         model = torch.nn.Linear(2048, 2048).cuda()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         x = torch.ones(2048, 2048, device="cuda")
-        phases = DevicePhases(seen.watch, lambda: torch.cuda.Event(enable_timing=True))
+        phases = DevicePhases(seen.watch, lambda: StreamEvent(torch, torch.device("cuda")))
         for step in range(20):
             optimizer.zero_grad()
             model(x).mean().backward()

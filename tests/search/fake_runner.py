@@ -40,6 +40,8 @@ class World:
     interrupt_after: int = 10**9
     killed: int = 0
     memory: tuple[int, int] = (1, 1000)
+    holds: dict[str, int] = field(default_factory=dict)
+    """Technique -> bytes an arm with it holds."""
 
     def seconds(self, names: tuple[str, ...]) -> float:
         """One step of an arm: drift is common, noise is its own."""
@@ -95,6 +97,7 @@ class FakeChild:
             "seconds": seconds, "data": data, "optimizer": [0.0] * n, "epochs": epochs, "first": first, "optimizers": 1,
             "problems": {},
             "effects": self._effects(),
+            "resident": max((self.world.holds.get(name, 0) for name in names), default=0),
             "backwards": [1] * n,
             "losses": [[self.world.loss(i, names)] for i in range(first, first + n)],
         }  # fmt: skip

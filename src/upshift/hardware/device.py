@@ -7,6 +7,7 @@ from pathlib import Path
 from upshift.hardware.machine import cpu_model, usable_cores
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_NODES = Path("/dev")
 
 
 def device_name(kind: str) -> str:
@@ -24,4 +25,6 @@ def device_name(kind: str) -> str:
 
 def kinds_here() -> tuple[str, ...]:
     """Device kinds a plan could be for on this machine."""
-    return ("cuda", "cpu") if _NVIDIA.is_dir() and any(_NVIDIA.iterdir()) else ("cpu",)
+    described = _NVIDIA.is_dir() and any(_NVIDIA.iterdir())
+    # Some containers get the device without its description; the device is then `cuda` without a name.
+    return ("cuda", "cpu") if described or any(_NODES.glob("nvidia[0-9]*")) else ("cpu",)

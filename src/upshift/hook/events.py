@@ -1,7 +1,7 @@
 """Device time of the phases by events (diagnosis only, CUDA only). Never run on a device yet: `untested on cuda`.
 
-Kernels run behind the host. An event recorded on the current stream before and after a phase gives the time its kernels
-took; it is read some steps later, when it has long happened, so no synchronisation is added.
+Kernels run behind the host. An event recorded on the current stream of the model's device before and after a phase
+gives the time its kernels took; it is read some steps later, when it has long happened, so no synchronisation is added.
 """
 
 from __future__ import annotations
@@ -21,6 +21,26 @@ if TYPE_CHECKING:
 
 #: Steps whose events may wait to be read; older ones that have not happened are dropped and count as not seen.
 WAITING_STEPS = 64
+
+
+class StreamEvent:
+    """An event on the stream that is current on one device, which need not be the current device."""
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self._torch, self._device = torch, device
+        self.event = torch.cuda.Event(enable_timing=True)
+
+    def record(self) -> None:
+        """Queue it."""
+        self.event.record(self._torch.cuda.current_stream(self._device))
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return bool(self.event.query())
+
+    def elapsed_time(self, end: StreamEvent) -> float:
+        """Milliseconds to `end`."""
+        return float(self.event.elapsed_time(end.event))
 
 
 class DevicePhases:

@@ -15,14 +15,13 @@ import msgspec
 
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
-from upshift.hook.events import DevicePhases
+from upshift.hook.events import DevicePhases, StreamEvent
 from upshift.hook.horizon import Horizon
 from upshift.hook.overhead import fault_seconds, watching_cost
-from upshift.hook.patch import Patches
 from upshift.hook.recipe import Recipe
+from upshift.hook.scriptfacts import Traits, script_facts
 from upshift.hook.syncs import Syncs
 from upshift.measure.anatomy import anatomy
-from upshift.measure.facts import loader_facts, model_facts, optimizer_facts, process_facts
 from upshift.measure.flops import StepCounter
 from upshift.measure.sampler import HostSampler
 from upshift.measure.stats import mean_interval, narrow_enough
@@ -47,6 +46,7 @@ class DiagnoseController(Controller):
         self.trace_file = str(spec.options.get("trace", ""))
         self.torch: Any = None
         self.records: list[StepRecord] = []
+        self.alive: list[Any] = []
         self.losses: list[float] = []
         self.left_out: set[int] = set()
         self.counter: StepCounter | None = None
@@ -57,9 +57,8 @@ class DiagnoseController(Controller):
         self.faults: list[int] = []
         self.horizon = Horizon()
         self.horizon.install()
-        self.patches = Patches()
         self.recipe = Recipe()
-        self.seen = {"autocast": False, "scaler": False, "attention": False, "seeded": False}
+        self.traits = Traits()
         self.first_step: float | None = None
         self.told = 0.0
         self.done = False
@@ -68,41 +67,9 @@ class DiagnoseController(Controller):
     # -- what the script does ------------------------------------------------------------------------------------
 
     def torch_ready(self, torch: ModuleType) -> None:
-        """Listen for what techniques must know: autocast, a gradient scaler, attention, seeds."""
+        """Listen for what techniques must know."""
         self.torch = torch
-        seen, patches = self.seen, self.patches
-        autocast = torch.amp.autocast_mode.autocast
-        enter = autocast.__enter__
-
-        def __enter__(context: Any) -> Any:
-            if getattr(context, "_enabled", False):
-                seen["autocast"] = True
-            return enter(context)
-
-        patches.set(autocast, "__enter__", __enter__)
-        scaler = torch.amp.GradScaler
-        scale = scaler.scale
-
-        def scale_seen(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this.is_enabled():
-                seen["scaler"] = True
-            return scale(this, *args, **kwargs)
-
-        patches.set(scaler, "scale", scale_seen)
-        attention = torch.nn.functional.scaled_dot_product_attention
-
-        def attention_seen(*args: Any, **kwargs: Any) -> Any:
-            seen["attention"] = True
-            return attention(*args, **kwargs)
-
-        patches.set(torch.nn.functional, "scaled_dot_product_attention", attention_seen)
-        seed = torch.manual_seed
-
-        def manual_seed(value: int) -> Any:
-            seen["seeded"] = True
-            return seed(value)
-
-        patches.set(torch, "manual_seed", manual_seed)
+        self.traits.listen(torch)
         self.recipe.install(torch)
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -114,6 +81,7 @@ class DiagnoseController(Controller):
             self._hold()
         now = time.perf_counter()
         self.records.append(record)
+        self._keep_alive()
         if self.events is not None:
             self.events.after_step()
         self.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
@@ -144,6 +112,13 @@ class DiagnoseController(Controller):
         if self._enough(now - self.first_step):
             self._end("enough seen")
 
+    def _keep_alive(self) -> None:
+        """Hold what trains until the next step: facts are read at the end, when a `main()` has left its own behind."""
+        watch = self.watch
+        self.alive.clear()
+        references = (*watch.models, *watch.optimizers, *watch.loaders)
+        self.alive.extend(found for reference in references if (found := reference()) is not None)
+
     def _compiled(self) -> bool:
         dynamo = sys.modules.get("torch._dynamo")
         return dynamo is not None and bool(getattr(dynamo.utils, "counters", {}).get("stats"))
@@ -159,22 +134,22 @@ class DiagnoseController(Controller):
 
         self.sampler = HostSampler(self.watch.thread, is_user_file, hz=100)
         self.sampler.start()
-        if self._on_device():
+        device = self._device()
+        if device is not None:
             self.syncs = Syncs(self.watch, is_user_file)
             self.syncs.install(self.torch)
-            if self.torch.cuda.is_initialized():
-                event = self.torch.cuda.Event
-                self.events = DevicePhases(self.watch, lambda: event(enable_timing=True))
+            if device.type == "cuda":
+                self.events = DevicePhases(self.watch, lambda: StreamEvent(self.torch, device))
                 self.events.install(self.torch)
 
-    def _on_device(self) -> bool:
-        """Whether a model lies on an accelerator (asked of its parameters: asking the driver could upset forks)."""
+    def _device(self) -> Any:
+        """The accelerator a model lies on, or None (asked of its parameters: asking the driver could upset forks)."""
         for reference in self.watch.models:
             module = reference()
             parameter = next(iter(module.parameters()), None) if module is not None else None
             if parameter is not None and parameter.device.type != "cpu":
-                return True
-        return False
+                return parameter.device
+        return None
 
     def _enough(self, elapsed: float) -> bool:
         n = len(self.records)
@@ -309,60 +284,22 @@ class DiagnoseController(Controller):
 
     def _facts(self, training: Any) -> ScriptFacts:
         watch = self.watch
-        models = []
-        for reference in watch.models:
-            module = reference()
-            if module is not None:
-                found = model_facts(module)
-                models.append(msgspec.structs.replace(found, input_shapes=watch.shapes.get(id(module), ())))
-        optimizers = []
-        for reference in watch.optimizers:
-            optimizer = reference()
-            if optimizer is not None:
-                found_optimizer = optimizer_facts(optimizer)
-                closure = id(optimizer) in watch.closures
-                optimizers.append(msgspec.structs.replace(found_optimizer, closure=closure))
-        loaders = []
-        for reference in watch.loaders:
-            loader = reference()
-            if loader is None:
-                continue
-            trains = not watch.evaluation_only(loader)
-            wait, batches = watch.waited(loader)
-            facts = loader_facts(loader, trains)
-            if batches:
-                seconds = Quantity(value=wait / batches, unit="s", n=int(batches))
-                facts = msgspec.structs.replace(facts, wait=seconds)
-            loaders.append(facts)
-        device = next((model.device for model in models if model.device != "cpu"), "cpu")
         per_epoch = None
         try:
             per_epoch = len(training) if training is not None else None
         except TypeError:
             pass
         batches_per_step = mean_interval([float(r.batches) for r in self.records[-50:]]).or_else(1.0)
-        script = "" if self.spec.module else self.spec.target
-        process = process_facts(script)
-        return ScriptFacts(
-            models=tuple(models),
-            optimizers=tuple(optimizers),
-            loaders=tuple(loaders),
-            device=device,
-            autocast=self.seen["autocast"],
-            grad_scaler=self.seen["scaler"],
-            create_graph=watch.create_graph,
-            attention=self.seen["attention"],
-            loss_seen=watch.loss_seen,
+        found = script_facts(watch, self.traits, self.torch, "" if self.spec.module else self.spec.target)
+        return msgspec.structs.replace(
+            found,
             losses=tuple(self.losses[:200]),
-            seeded=self.seen["seeded"],
             page_faults=self._page_faults(),
             fault_seconds=fault_seconds(),
             steps_total=self.horizon.steps(per_epoch, batches_per_step),
-            distributed=self._distributed(),
             recipe=self.recipe.facts(
                 watch, self.records, self.losses, [self._folder() / file for file in self._files()]
             ),
-            **process,
         )
 
     def _page_faults(self) -> float | None:
@@ -370,12 +307,6 @@ class DiagnoseController(Controller):
         later = self.faults[len(self.faults) // 2 :]
         steps = [b - a for a, b in itertools.pairwise(later)]
         return median_of([float(value) for value in steps]) if len(steps) >= 3 else None
-
-    def _distributed(self) -> bool:
-        try:
-            return bool(self.torch.distributed.is_available() and self.torch.distributed.is_initialized())
-        except AttributeError:
-            return False
 
 
 def _per_step(line: LineCost, step: float | None) -> LineCost:

@@ -56,8 +56,12 @@ def start_value(tensors: Any, tensor_type: Any) -> Any:
 
 
 def _scalar(tensor: Any) -> Any:
-    """A scalar on a device, without a graph; None if it is none."""
-    return tensor.detach() if tensor.numel() == 1 and tensor.is_floating_point() else None
+    """A copy of a scalar on a device, without a graph; None if it is none.
+
+    A copy, since it is read steps later: the script may have scaled its loss in place by then, and the output of a CUDA
+    graph is overwritten when the graph runs again.
+    """
+    return tensor.detach().clone() if tensor.numel() == 1 and tensor.is_floating_point() else None
 
 
 def running_steps() -> list[int]:

@@ -13,22 +13,22 @@ can write over anything.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import random
-import time
+import resource
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
 import msgspec
 
+from upshift.hook.alternation import Alternation
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
+from upshift.hook.drain import drain
 from upshift.hook.patch import Patches
 from upshift.hook.snapshots import Snapshots
-from upshift.measure.paired import Sequential
-from upshift.measure.steps import StepRecord, evaluates_apart, loss_values, median_of, training_seconds
+from upshift.measure.steps import StepRecord, evaluates_apart, loss_values, training_seconds
 from upshift.sites.runner import ChildSpec
 
 #: Steps whose parameter updates are compared, and up to which dropout is off so that they can be.
@@ -46,7 +46,7 @@ class TrialController(Controller):
         self.records: list[StepRecord] = []
         self.left = 0
         self.pending: list[StepRecord] = []
-        self.compare: _Compare | None = None
+        self.compare: Alternation | None = None
         self.notes: list[tuple[str, str, str]] = []
         self.snapshots: Snapshots | None = None
         self.dropout_on: Callable[[], None] = lambda: None
@@ -70,6 +70,9 @@ class TrialController(Controller):
 
     def on_step(self, record: StepRecord) -> None:
         """Count down a block; at its end report and wait."""
+        if self._block_ends(record):
+            # Later the device is read from, or idle: what is queued now is part of these steps.
+            record = record._replace(total=record.total + drain(self.torch, self.watch))
         if self.snapshots is not None:
             self.snapshots.after_step(record.number + 1)
             if record.number + 1 == DROPOUT_OFF:
@@ -92,6 +95,12 @@ class TrialController(Controller):
             self._tell({"kind": "steps", **self._report(self.pending)})
             self.pending = []
         self._serve()
+
+    def _block_ends(self, record: StepRecord) -> bool:
+        """Whether the device must have caught up after this step."""
+        if self.snapshots is not None and record.number + 1 in UPDATE_STEPS:
+            return True
+        return self.left <= 1 if self.compare is None else self.compare.block_ends()
 
     def finish(self, error: BaseException | None) -> None:
         """The script ended before the trial did."""
@@ -117,15 +126,18 @@ class TrialController(Controller):
                 self._tell({"kind": "finished", "effects": self.stage.effects(), "steps": self.watch.index})
                 self._wait_for_the_end()
             elif kind == "go":
-                self._synchronize()
+                drain(self.torch, self.watch)
                 self.left = max(int(message["steps"]), 1)
                 return
             elif kind == "plan":
                 self._set(message["name"], message.get("settings"))
                 self._tell({"kind": "done", "acted": list(self.stage.acted)})
             elif kind == "compare":
-                self._synchronize()
-                self.compare = _Compare(message)
+                drain(self.torch, self.watch)
+                self.compare = Alternation(
+                    tuple(message["a"]), tuple(message["b"]), float(message["seconds"]),
+                    block=int(message.get("block", 1)), seed=int(message.get("seed", 0)),
+                )  # fmt: skip
                 self._arm(self.compare.next_arm())
                 return
             elif kind == "digest":
@@ -152,7 +164,6 @@ class TrialController(Controller):
             os._exit(0)  # nobody is there to end this process
 
     def _report(self, records: list[StepRecord]) -> dict[str, Any]:
-        self._synchronize()
         apart = evaluates_apart(self.records[-512:])
         return {
             "seconds": [training_seconds(item, apart) for item in records],
@@ -165,11 +176,16 @@ class TrialController(Controller):
             "optimizers": len(self.watch.optimizers),
             "problems": self.stage.problems(),
             "effects": self.stage.effects(),
+            **self._memory(),
         }
 
-    def _synchronize(self) -> None:
-        if self.torch is not None and self.torch.cuda.is_available() and self.torch.cuda.is_initialized():
-            self.torch.cuda.synchronize()
+    def _memory(self) -> dict[str, int]:
+        """The most bytes held so far: of this process in host memory, and on the accelerator where it uses one."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        if self.torch is not None and self.torch.cuda.is_initialized():
+            found["device_memory"] = self.torch.cuda.max_memory_reserved()
+        return found
 
     def digest(self) -> str:
         """SHA-256 over every optimized parameter, in logical order."""
@@ -194,89 +210,16 @@ class TrialController(Controller):
         """Whether to go on without the parent."""
         compare = self.compare
         assert compare is not None
-        self._synchronize() if compare.block_ends() else None
         apart = evaluates_apart(self.records[-512:])
         if not compare.add(training_seconds(record, apart)):
             self._arm(compare.next_arm())
             return True
         self.compare = None
         self._arm(compare.reference)
-        self._tell({"kind": "compared", **compare.result()})
+        decision, pairing = compare.result()
+        found = None if pairing is None else msgspec.to_builtins(pairing)
+        self._tell({"kind": "compared", "decision": decision, "pairing": found})
         return False
-
-
-class _Compare:
-    """ABBA blocks of two sets of live techniques, until decided or out of time."""
-
-    def __init__(self, message: dict[str, Any]) -> None:
-        self.reference = tuple(message["a"])
-        self.candidate = tuple(message["b"])
-        self.began = time.perf_counter()
-        self.seconds = float(message["seconds"])
-        self.deadline = self.began + self.seconds
-        self.steps = max(int(message.get("block", 1)), 1)
-        self.settle = int(message.get("settle", 1))
-        self.random = random.Random(int(message.get("seed", 0)))
-        self.sequential = Sequential(self.seconds)
-        self.order: list[int] = []
-        self.block: list[float] = []
-        self.quad: list[tuple[int, float]] = []
-        self.quads: list[float] = []
-        self.times: tuple[list[float], list[float]] = ([], [])
-        # Both arms are warmed up first: primitives are built and caches filled on the first steps of an arm.
-        self.warm = [0] * self.settle + [1] * self.settle
-        self.current = 0
-        self.skip = False
-
-    def next_arm(self) -> tuple[str, ...]:
-        """The techniques of the step to come."""
-        if self.warm:
-            self.current = self.warm.pop(0)
-            self.skip = True
-        elif not self.block:
-            self.skip = False
-            if not self.order:
-                self.order = [0, 1, 1, 0] if self.random.random() < 0.5 else [1, 0, 0, 1]
-            self.current = self.order.pop(0)
-        return self.candidate if self.current else self.reference
-
-    def block_ends(self) -> bool:
-        """Whether the step under way is the last of its block."""
-        return len(self.block) + 1 >= self.steps
-
-    def add(self, seconds: float) -> bool:
-        """Take in a step. Returns whether the comparison has ended."""
-        if self.skip:
-            return time.perf_counter() > self.deadline + 30
-        self.block.append(seconds)
-        if len(self.block) < self.steps:
-            return False
-        mean = math.fsum(self.block) / len(self.block)
-        self.times[self.current].append(mean)
-        self.quad.append((self.current, mean))
-        self.block = []
-        if len(self.quad) == 4:
-            a = math.fsum(value for arm, value in self.quad if arm == 0)
-            b = math.fsum(value for arm, value in self.quad if arm == 1)
-            if a > 0 and b > 0:
-                self.quads.append(math.log(a / b))
-                self.sequential.add(self.quads[-1], time.perf_counter() - self.began)
-            self.quad = []
-            if self.sequential.decision != "go on":
-                return True
-        # Between quads only, so that the evidence stays balanced.
-        return not self.quad and time.perf_counter() > self.deadline
-
-    def result(self) -> dict[str, Any]:
-        """What the parent is told."""
-        decision = self.sequential.finish()
-        found = self.sequential.pairing((median_of(self.times[0]), median_of(self.times[1])))
-        return {
-            "decision": decision,
-            "pairing": None if found is None else msgspec.to_builtins(found),
-            "quads": len(self.quads),
-            "seconds": time.perf_counter() - self.began,
-        }
 
 
 def dropout_off(torch: Any) -> Callable[[], None]:

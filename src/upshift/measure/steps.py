@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,17 @@ class StepRecord(NamedTuple):
     """More than one only where a window of steps was summed; `number` is then that of the last."""
     timed: int = 1
     """Of a window, the steps whose phases were timed; phases are scaled up from them, the rest is exact."""
+
+
+def merged(records: Sequence[StepRecord]) -> StepRecord:
+    """Steps that follow each other, one or more, as one window."""
+    last = records[-1]
+    sums = {
+        name: sum(getattr(item, name) for item in records)
+        for name in StepRecord._fields
+        if name not in ("number", "at", "losses")
+    }
+    return last._replace(**sums, losses=tuple(itertools.chain.from_iterable(item.losses for item in records)))
 
 
 def loss_values(record: StepRecord, limit: int = 8) -> tuple[float, ...]:

@@ -62,6 +62,10 @@ class Arm:
     problems: dict[str, str] = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)
     running: bool = True
+    device_memory: int = 0
+    """The most bytes it has reserved on the accelerator so far; 0 where it uses none."""
+    resident: int = 0
+    """The most bytes its main process has held in host memory so far."""
 
     @property
     def steps(self) -> int:
@@ -78,6 +82,8 @@ class Arm:
         seconds = [float(value) for value in message["seconds"]]
         self.optimizers = int(message.get("optimizers", 1))
         self.problems.update(message.get("problems", {}))
+        self.device_memory = max(self.device_memory, int(message.get("device_memory", 0)))
+        self.resident = max(self.resident, int(message.get("resident", 0)))
         self.effects = dict(message.get("effects", {}))
         for offset, value in enumerate(seconds):
             index = first + offset
@@ -110,17 +116,20 @@ class Duel:
     """Arm 0 (reference) against arm 1 (candidate)."""
 
     def __init__(
-        self, runner: Runner, base: ChildSpec, *, timeout: float = 120.0, seed: int = 0, patience: float | None = None
-    ) -> None:
+        self, runner: Runner, base: ChildSpec, *, timeout: float = 120.0, seed: int = 0, patience: float | None = None,
+        fit: int | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             base: the target and options both arms share.
             timeout: seconds without an answer after which an arm counts as hung.
             patience: the same for the start-up, until the first step has ended.
+            fit: bytes the candidate may hold, on the accelerator where it trains on one; None: no limit.
         """
         self.runner = runner
         self.base = base
         self.timeout = timeout
+        self.fit = fit
         self.patience = patience if patience is not None else timeout
         self.random = random.Random(seed)
         self.arms: list[Arm] = []
@@ -154,6 +163,13 @@ class Duel:
                 f"two copies of the script do not fit in memory: one holds {binary(held)}, {binary(available)} are "
                 "left; nothing that needs a fresh process beside it can be confirmed here",
             )
+
+    def _check_room(self, arm: Arm) -> None:
+        if self.fit is None:
+            return
+        held = arm.device_memory or max(arm.resident, arm.child.memory()[0])
+        if held > self.fit:
+            raise ArmFailed(arm.number, f"needs {binary(held)} (measured), --fit allows {binary(self.fit)}")
 
     def replace(self, number: int, plan: ArmPlan, *, options: dict[str, Any] | None = None) -> Arm:
         """End an arm and start another in its place."""
@@ -294,6 +310,7 @@ class Duel:
                 on_quad(sequential, elapsed)
             if sequential.decision != "go on" or sequential.time_is_up(elapsed):
                 break
+        self._check_room(self.arms[1])
         decision = sequential.finish()
         found = sequential.pairing((self.step(0), self.step(1)))
         if found is not None and decision == "faster":
