@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -195,6 +196,12 @@ def test_the_verdict_follows_what_was_seen():
     verdict = technique.check(measured())
     assert verdict.applies and verdict.gain > 1 and verdict.rests_on
     assert verdict.candidates == ({"mode": "default"},)
+    on_cuda = measured(device="cuda")
+    assert [item["mode"] for item in technique.check(on_cuda).candidates] == ["default", "max-autotune-no-cudagraphs"]
+    for micro_batches, graphs in ((1.0, True), (4.0, False)):
+        counted = msgspec.structs.replace(on_cuda.anatomy, micro_batches=Quantity(micro_batches, "1"))
+        found = technique.check(msgspec.structs.replace(on_cuda, anatomy=counted)).candidates
+        assert ({"mode": "reduce-overhead"} in found) is graphs
     for candidate in technique.check(measured(device="cuda")).candidates:
         assert not technique.card.settings["mode"].problem(candidate["mode"])
     for changes in (
@@ -205,3 +212,41 @@ def test_the_verdict_follows_what_was_seen():
         {"frameworks": ("pytorch_lightning",)},
     ):
         assert not technique.check(measured(**changes)).applies
+
+
+def test_cuda_graphs_are_given_up_where_shapes_keep_changing_and_their_outputs_are_copied():
+    module, kept = made(), []
+
+    def call(x):
+        kept.append(x * 2)
+        return {"loss": kept[-1]}
+
+    applied = CompileApplied(module, "reduce-overhead", None, True)
+    for size in (1, 2, 3, 4, 4, 1):
+        output = applied.around(call, module, (torch.ones(size),), {})
+        assert torch.equal(output["loss"], kept[-1]) and output["loss"].data_ptr() != kept[-1].data_ptr()
+    assert "_compiled_call_impl" in vars(module)
+    applied.around(call, module, (torch.ones(5),), {})
+    assert "shapes" in applied.effect().reason and "_compiled_call_impl" not in vars(module)
+
+
+def cuda_step(module, x, mode):
+    module = copy.deepcopy(module)
+    applied = None if mode is None else Compile().at(ModelSeen(module=module), {**DEFAULTS, "mode": mode})
+    optimizer, losses = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        output = module(x) if applied is None else applied.around(module, module, (x,), {})
+        losses.append(output.square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert applied is None or applied.effect() is None
+    return [float(loss.detach()) for loss in losses]  # read late, as logs are
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_on_cuda_every_mode_trains_alike(mode):
+    module = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)).cuda()
+    x = torch.randn(32, 64, device="cuda")
+    assert cuda_step(module, x, mode) == pytest.approx(cuda_step(module, x, None), rel=1e-3)

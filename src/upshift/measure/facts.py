@@ -31,7 +31,7 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     """Tensors in arguments, a few levels deep; nothing else is looked into."""
     import torch
 
@@ -39,10 +39,10 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
         yield value
     elif depth < 4 and isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item, depth + 1)
+            yield from tensors_in(item, depth + 1)
     elif depth < 4 and isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item, depth + 1)
+            yield from tensors_in(item, depth + 1)
 
 
 def model_facts(
@@ -68,7 +68,7 @@ def model_facts(
         compiled=kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None,
         channels_last=_is_channels_last(parameters),
         custom_autograd=_defines_autograd(module),
-        input_shapes=tuple(tuple(int(size) for size in item.shape) for item in _tensors((args, kwargs or {}))),
+        input_shapes=tuple(tuple(int(size) for size in item.shape) for item in tensors_in((args, kwargs or {}))),
     )
 
 

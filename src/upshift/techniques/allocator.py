@@ -23,7 +23,8 @@ from typing import ClassVar
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
 from upshift.sites import Applied, Card, Moment, NoEffect, Numerics, ProcessEnv, Verdict
-from upshift.sites.protocol import BaseApplied, SettingSpec
+from upshift.sites.environment import EnvironmentApplied
+from upshift.sites.protocol import SettingSpec
 
 KINDS = ("tcmalloc", "jemalloc", "glibc")
 
@@ -133,27 +134,6 @@ def _tuned_by_user(env: Mapping[str, str]) -> str:
     return "GLIBC_TUNABLES" if any(f"glibc.malloc.{name}" in tunables for name in _GLIBC_FAMILY) else ""
 
 
-class _Environment(BaseApplied):
-    """Variables set in the environment of a process to be started."""
-
-    def __init__(self, env: dict[str, str], values: Mapping[str, str], note: str) -> None:
-        self.note = note
-        self._env = env
-        self._values = dict(values)
-        self._before = {name: env.get(name) for name in values}
-        env.update(values)
-
-    def close(self) -> None:
-        for name, old in self._before.items():
-            if self._env.get(name) != self._values[name]:
-                continue
-            if old is None:
-                del self._env[name]
-            else:
-                self._env[name] = old
-        self._before = {}
-
-
 def predicted_gain(faults: float | None, each: float | None, step: float | None) -> tuple[float | None, str]:
     """Speed-up of the step if half of its page faults were gone, and what that rests on.
 
@@ -232,7 +212,7 @@ class Allocator:
             return NoEffect(f"{kind} is not installed ({_LIBRARIES[kind][0]} was not found)")
         values = {"LD_PRELOAD": f"{library}:{preloaded}" if preloaded else str(library)}
         values.update({name: value for name, value in _COMPANIONS[kind].items() if name not in env})
-        return _Environment(env, values, f"memory comes from {kind} ({library})")
+        return EnvironmentApplied(env, values, f"memory comes from {kind} ({library})")
 
     def _glibc(self, env: dict[str, str], version: tuple[int, int]) -> Applied | NoEffect:
         if theirs := _tuned_by_user(env):
@@ -243,4 +223,4 @@ class Allocator:
             tunables = env.get("GLIBC_TUNABLES", "")
             values["GLIBC_TUNABLES"] = f"{tunables}:{_GLIBC_TUNABLE}" if tunables else _GLIBC_TUNABLE
             note += ", huge pages by advice"
-        return _Environment(env, values, note)
+        return EnvironmentApplied(env, values, note)

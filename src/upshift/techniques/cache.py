@@ -25,10 +25,8 @@ import math
 import operator
 import random
 import shutil
-import sys
 import tempfile
 import time
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -39,6 +37,7 @@ from upshift.measure.determinism import PROOF_READS, prove, read
 from upshift.measure.samples import Rows, Unfit, batch_leaves, checker, memory_free, same_bits
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
+from upshift.sites.iterators import IteratorHook, taken
 from upshift.sites.moments import LoaderReady, Moment
 from upshift.sites.protocol import BaseApplied, Card, NoEffect, Numerics, SettingSpec, Verdict
 
@@ -239,45 +238,19 @@ class Fetcher:
         return getattr(self._stock, name)
 
 
-def _stock_getter(loader: Any) -> Any:
-    return types.MethodType(type(loader)._get_iterator, loader)
+def _exchange(iterator: Any, store: Store) -> None:
+    """Put the store before the fetcher of an iterator just built, if both still are what was proven."""
+    from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
-
-class IteratorHook:
-    """Lies on one loader as `_get_iterator`: builds the stock iterator and exchanges its fetcher.
-
-    A pickled or deep-copied loader gets its stock method back; a shallow copy shares this object, which then sees who
-    calls and stands aside.
-    """
-
-    def __init__(self, loader: Any, store: Store) -> None:
-        self._loader = weakref.ref(loader)
-        self.store = store
-
-    def __call__(self) -> Any:
-        caller: Any = sys._getframe(1).f_locals.get("self")
-        loader = self._loader()
-        if loader is None or (caller is not loader and "_get_iterator" in getattr(caller, "__dict__", {})):
-            return type(caller)._get_iterator(caller)
-        iterator = type(loader)._get_iterator(loader)
-        self._exchange(iterator)
-        return iterator
-
-    def _exchange(self, iterator: Any) -> None:
-        from torch.utils.data._utils.fetch import _MapDatasetFetcher
-
-        stock, store = getattr(iterator, "_dataset_fetcher", None), self.store
-        if store.rows is None or type(stock) is not _MapDatasetFetcher:
-            return
-        if changed := _unsuited(stock.collate_fn, stock.auto_collation):
-            store.drop(changed)
-        elif changed := store.changed(stock.dataset):
-            store.drop(f"the dataset changed between epochs ({changed})")
-        else:
-            iterator._dataset_fetcher = Fetcher(stock, store)
-
-    def __reduce__(self) -> Any:
-        return _stock_getter, (self._loader(),)
+    stock = getattr(iterator, "_dataset_fetcher", None)
+    if store.rows is None or type(stock) is not _MapDatasetFetcher:
+        return
+    if changed := _unsuited(stock.collate_fn, stock.auto_collation):
+        store.drop(changed)
+    elif changed := store.changed(stock.dataset):
+        store.drop(f"the dataset changed between epochs ({changed})")
+    else:
+        iterator._dataset_fetcher = Fetcher(stock, store)
 
 
 def _unsuited(collate: Any, batched: bool) -> str:
@@ -301,7 +274,7 @@ def refusal(loader: Any) -> str:
         return "its dataset is not a plain map from index to sample"
     if loader.num_workers > 0:
         return f"it reads in {loader.num_workers} worker processes; the cache serves loaders with num_workers=0"
-    if "_get_iterator" in vars(loader):
+    if taken(loader):
         return "something else already stands in for its iterators"
     return _unsuited(loader.collate_fn, loader._auto_collation)
 
@@ -334,10 +307,8 @@ class CacheApplied(BaseApplied):
     """A loader that is served from a store."""
 
     def __init__(self, loader: Any, store: Store) -> None:
-        self._hook = IteratorHook(loader, store)
-        self._loader = weakref.ref(loader)
+        self._hook = IteratorHook(loader, lambda iterator: _exchange(iterator, store))
         self.store = store
-        loader._get_iterator = self._hook
         self.note = (
             f"{len(loader.dataset)} samples proven deterministic on {min(len(loader.dataset), PROOF_READS)}+ double "
             f"reads, {units.binary(store.bytes)} in a memory map; the first pass fills it"
@@ -363,9 +334,7 @@ class CacheApplied(BaseApplied):
 
     def close(self) -> None:
         """Give the loader its own method back and free the map."""
-        loader = self._loader()
-        if loader is not None and vars(loader).get("_get_iterator") is self._hook:
-            del loader._get_iterator
+        self._hook.remove()
         for key, (_, store) in list(_STORES.items()):
             if store is self.store:
                 del _STORES[key]

@@ -11,7 +11,9 @@ uncompiled code would draw, so that dropout masks stay the same; without it drop
 
 Limits. Compilation takes seconds to minutes, again for each new shape until a dynamic one is compiled, and for the
 evaluation mode. Hooks registered after compilation would be ignored: the module then runs uncompiled from there on. A
-failure to compile the backward pass appears inside `backward`, where nothing can be retried.
+failure to compile the backward pass appears inside `backward`, where nothing can be retried. CUDA graphs
+(`reduce-overhead`) are recorded per input shape, overwrite what they gave out when they run again (so outputs are
+copied), and fail where gradients are accumulated over micro-batches (pytorch#169545).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from upshift import units
 from upshift.hardware import machine
 from upshift.measure.constancy import Streams
+from upshift.measure.shapes import Shapes
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
 from upshift.sites.moments import ModelSeen, Moment
@@ -38,6 +41,9 @@ WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
+
+#: The mode that records CUDA graphs, and the input shapes it may meet: each is a graph with memory of its own.
+GRAPHS, GRAPH_SHAPES = "reduce-overhead", 4
 
 NO_COMPILER = "no C++ compiler was found (install g++ or clang++, or set CXX)"
 
@@ -90,6 +96,7 @@ class CompileApplied(BaseApplied):
         self._start = _counted()
         self._calls = 0
         self._lost = ""
+        self._shapes = Shapes(GRAPH_SHAPES) if mode == GRAPHS else None
         options: dict[str, Any] = dict(list_mode_options(mode, dynamic))
         if eager_random:
             options["fallback_random"] = True
@@ -114,15 +121,28 @@ class CompileApplied(BaseApplied):
             self._lost = "hooks changed after it was compiled, which compiled code would not notice"
             self.close()
             return call(*args, **kwargs)
+        if self._shapes is not None and self._shapes.too_many(args, kwargs):
+            self._lost = f"inputs come in more than {GRAPH_SHAPES} shapes, each of which would be a CUDA graph"
+            self.close()
+            return call(*args, **kwargs)
         self._calls += 1
         if self._calls > 1:
-            return call(*args, **kwargs)
+            return self._own(call(*args, **kwargs))
         streams = Streams()
         try:
-            return call(*args, **kwargs)
+            return self._own(call(*args, **kwargs))
         except Exception:
             streams.restore()
             raise
+
+    def _own(self, output: Any) -> Any:
+        """The output; that of a CUDA graph in memory of its own, since scripts keep losses and predictions."""
+        if self._shapes is None:
+            return output
+        import torch
+        from torch.utils._pytree import tree_map_only
+
+        return tree_map_only(torch.Tensor, torch.clone, output)
 
     def _hooks_changed(self, module: torch.nn.Module) -> bool:
         from torch.utils.hooks import RemovableHandle
@@ -206,7 +226,7 @@ def refusal(module: torch.nn.Module, mode: str) -> str:
         return NO_COMPILER
     if "cuda" in kinds and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if mode == "reduce-overhead" and kinds != {"cuda"}:
+    if mode == GRAPHS and kinds != {"cuda"}:
         return "reduce-overhead records CUDA graphs, and the module is not on CUDA"
     return ""
 
@@ -231,7 +251,7 @@ class Compile:
             "mode": SettingSpec(
                 "default",
                 "what inductor optimises for; reduce-overhead (CUDA graphs) on CUDA only",
-                choices=("default", "max-autotune-no-cudagraphs", "reduce-overhead"),
+                choices=("default", "max-autotune-no-cudagraphs", GRAPHS),
             ),
             "dynamic": SettingSpec(
                 "auto", "code for any shape at once, for each shape, or as it turns out", choices=("auto", "yes", "no")
@@ -269,7 +289,9 @@ class Compile:
         share = seen.anatomy.share("forward") + seen.anatomy.share("backward")
         candidates: list[dict[str, Setting]] = [{"mode": "default"}]
         if facts.device.startswith("cuda"):
-            candidates += [{"mode": "reduce-overhead"}, {"mode": "max-autotune-no-cudagraphs"}]
+            if len(models) == 1 and seen.anatomy.micro_batches.value == 1:
+                candidates.append({"mode": GRAPHS})
+            candidates.append({"mode": "max-autotune-no-cudagraphs"})
         return Verdict(
             True,
             f"forward and backward are {units.percent(share)} of the step" if share else "the model is not compiled",
