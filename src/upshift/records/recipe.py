@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from upshift.records.quantity import Record
 
+#: Optimizers that set their own steps, by a part of their names.
+_OWN_STEPS = ("schedulefree", "prodigy", "dadapt", "lbfgs", "rprop", "adafactor")
+
+
+def sets_own_steps(optimizer: str) -> bool:
+    """Whether an optimizer of this class name finds the size of its steps itself, so that a schedule is not for it."""
+    return any(part in optimizer.lower() for part in _OWN_STEPS)
+
 
 class ModelMode(Record, frozen=True):
     """In which mode a root module was when the steps watched ended."""

@@ -130,7 +130,7 @@ class Attention:
         numerics=Numerics.ROUNDING,
         switchable="live",
         targets=("forward", "backward"),
-        details="With attention dropout, each kernel draws its own mask.",
+        details="With attention dropout, each kernel draws its own mask: it then counts as another random stream.",
         settings={
             "kernel": SettingSpec(default="math", doc="the kernel tried first; math always works", choices=KERNELS)
         },

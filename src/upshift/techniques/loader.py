@@ -9,6 +9,9 @@ come from the workers' streams: another seed of the same distribution. The techn
 `reseeds`; equal losses in the trial show the stronger kind. With `persistent` an epoch would skip the draw of a base
 seed and so shift the shuffle; the draw is made up for.
 
+A sampler whose `__iter__` draws at once, instead of when it is iterated, is asked twice by a loader with workers (torch
+makes the iterator again in `_reset`): its order is another draw of the same distribution.
+
 Limits. Every loader with enough batches gets the workers, evaluation too, since nothing tells them apart when they are
 built. Libraries that hold thread pools or locks in the training process may not survive a fork; such a trial hangs and
 is lost. A loader with `persistent` workers cannot be pickled or deep-copied once it was iterated (PyTorch's own limit).
@@ -281,7 +284,8 @@ class Loader:
         details=(
             "Changes num_workers, prefetch_factor, persistent_workers and pin_memory of map-style loaders as the "
             "script builds them; sampler, batch sampler, collate function, generator and worker initialiser stay. "
-            "Never touches an IterableDataset. Bitwise where the dataset draws no random numbers."
+            "Never touches an IterableDataset. Where the dataset draws no random numbers the batches are the same "
+            "bits; that is not known before, so it is held to less."
         ),
         settings={
             "workers": SettingSpec(2, "worker processes per loader; 0 reads in the training process", low=0, high=64),

@@ -6,6 +6,7 @@ from upshift import units
 from upshift.diagnose.card import FindingCard
 from upshift.diagnose.training import LONG, one_loss, planned, spoken
 from upshift.records import Finding, Measurement
+from upshift.records.recipe import sets_own_steps
 
 CARD = FindingCard(
     name="constant_rate",
@@ -16,8 +17,6 @@ CARD = FindingCard(
     "schedule saves depends on the task and is unknown.",
 )
 STEPS = 20_000
-#: Optimizers that set their own steps, by a part of their names.
-OWN_STEPS = ("schedulefree", "prodigy", "dadapt", "lbfgs", "rprop", "adafactor")
 
 
 def rule(m: Measurement) -> Finding | None:
@@ -27,7 +26,7 @@ def rule(m: Measurement) -> Finding | None:
         return None
     if seconds is None or seconds < LONG or (m.facts.steps_total or 0) < STEPS or recipe.rate_first is None:
         return None
-    if any(part in item.name.lower() for item in m.facts.optimizers for part in OWN_STEPS):
+    if any(sets_own_steps(item.name) for item in m.facts.optimizers):
         return None
     return spoken(
         CARD,
