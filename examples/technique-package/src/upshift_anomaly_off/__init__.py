@@ -1,0 +1,1 @@
+"""A technique for upshift, found by the entry point group `upshift.techniques`."""
