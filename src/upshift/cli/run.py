@@ -18,6 +18,11 @@ from upshift.cli import show
     type=click.Choice(["none", "update", "trajectory", "metric"]),
     help="The least rung of the proof a plan must have reached.  [default: trajectory, or update where labelled]",
 )
+@click.option(
+    "--tune",
+    type=show.Duration(),
+    help="Try techniques inside this run for so long; what is faster and shown to be harmless stays on.",
+)
 @click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=Path(".upshift/runs"),
               show_default=True, help="Where to keep the record.")  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; only record.")
@@ -27,6 +32,7 @@ def command(
     no_plan: bool,
     allow_stale: bool,
     require: str | None,
+    tune: float | None,
     runs: Path,
     quiet: bool,
     module: str | None,
@@ -40,16 +46,21 @@ def command(
     TARGET may be a launcher: it is started as it is, and every Python process below it that trains gets the plan of
     its script and a record of its own.
 
+    With --tune a run without a plan tunes itself: techniques that can be switched between two steps alternate in its
+    first minutes, and all steps are its own. This shows less than upshift tune does.
+
     \b
     Examples:
       upshift run train.py --epochs 30
       upshift run --plan fast.toml --require trajectory train.py
       upshift run --no-plan train.py
+      upshift run --tune 5m train.py
       upshift run -- torchrun --nproc-per-node 2 train.py
     """
     from upshift import api
 
     options = api.RunOptions(
-        plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", runs=runs, quiet=quiet
-    )
+        plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", runs=runs, quiet=quiet,
+        tune=tune or 0.0,
+    )  # fmt: skip
     api.run(show.target(module, rest), options, (lambda text: None) if quiet else show.say)

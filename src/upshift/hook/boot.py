@@ -32,6 +32,10 @@ OUTSIDE = "UPSHIFT_OUTSIDE"
 
 
 def _controller(spec: ChildSpec, channel: Channel | None) -> Controller:
+    if spec.mode == "run" and spec.options.get("tune"):
+        from upshift.hook.tuning import TuningController
+
+        return TuningController(spec)
     if spec.mode == "run":
         from upshift.hook.guarded import RunController
 

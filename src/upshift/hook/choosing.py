@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from upshift.errors import PlanError
+from upshift.errors import PlanError, UsageError
 from upshift.hardware.device import device_name, kinds_here
 from upshift.records import Plan, planfile
 from upshift.records.fingerprint import changes, fingerprint
@@ -91,6 +91,31 @@ def choose_plan(spec: ChildSpec, wanted: Wanted) -> Chosen:
     return Chosen({}, "", (f"{file} has no plan for this device (it has: {names}); training the baseline",))
 
 
+def check_tuning(target: str, module: bool, wanted: Wanted, *, launcher: bool) -> None:
+    """Whether a run can tune itself.
+
+    Raises:
+        UsageError: it has a plan, is to reach a rung that it cannot, or starts other programs.
+    """
+    if launcher:
+        raise UsageError(
+            f"{target} starts other programs; --tune works inside one process.",
+            remedy="Name the training script itself, or leave --tune out.",
+        )
+    if wanted.require not in ("", "none", "update"):
+        raise UsageError(
+            f"--tune cannot reach the rung {wanted.require!r}: a run that tunes itself has no untouched twin to be "
+            "compared with.",
+            remedy="Make a plan with that proof: upshift tune; or leave --require out.",
+        )
+    file = Path(wanted.plan) if wanted.plan else plan_beside(target, module)
+    if wanted.plan or (file.exists() and not wanted.no_plan):
+        raise UsageError(
+            f"--tune starts from the untouched script, but there is a plan: {file}.",
+            remedy="Train with the plan (leave --tune out), or without it: --no-plan --tune DURATION.",
+        )
+
+
 def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device: str) -> Chosen:
     now = fingerprint(
         spec.target, spec.arguments, device, plan.techniques, files=plan.fingerprint.files, module=spec.module
@@ -111,6 +136,9 @@ def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device:
         return Chosen({}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline",))
     if plan.speedup is not None:
         notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
+    elif plan.to_target is not None and plan.to_target.mean is not None:
+        sooner = f"target {plan.to_target.mean:.2f}x sooner, another training"
+        notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {sooner}, proof '{rung}'")
     if labelled and plan.proof is not None:
         notes.append(f"weaker proof: {plan.proof.weaker}")
     return Chosen(plan.techniques, str(file), tuple(notes), _guard(plan, stale=bool(stale)))

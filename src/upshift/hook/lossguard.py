@@ -28,14 +28,14 @@ class LossGuard:
                  tell: Callable[[str], None]) -> None:  # fmt: skip
         """
         Args:
-            options: `band` as in the plan file, `suspects`: technique -> numerics, the most suspect first.
+            options: `band` as in the plan file, or None; `suspects`: technique -> numerics, the most suspect first.
             take_off: takes one technique off, with the reason.
             tell: says something to the person and to the log.
         """
         # The first step has ended by now: the start of a run is the user's time.
         from upshift.measure.guard import Guard
 
-        self._guard: Guard | None = Guard(msgspec.convert(options["band"], Band))
+        self._guard: Guard | None = Guard(msgspec.convert(options["band"], Band | None))
         #: A single loss above this is worth a look before the window of the record ends.
         self.ceiling = self._guard.ceiling
         self._suspects: dict[str, str] = dict(options["suspects"])
@@ -43,6 +43,12 @@ class LossGuard:
         self._take_off, self._tell = take_off, tell
         self._optimizers = len(watch.optimizers)
         self._off: list[str] = []
+
+    def knows(self, steps: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in what the loss of this run was before the techniques came on."""
+        if self._guard is not None and self._guard.add(steps, losses):
+            # It rose by itself: that past is no measure.
+            self._guard.restart(self._watch.index)
 
     @property
     def done(self) -> bool:

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
     from upshift.hook.watch import Watch
 
 #: At most this many elements of a tensor are kept, evenly strided: cosines of large tensors need no more.
 MOST_ELEMENTS = 32768
+
+
+def sampled(tensor: torch.Tensor) -> NDArray[np.float32]:
+    """A copy of a tensor in logical order, as float32; of a large one evenly strided elements."""
+    flat = tensor.detach().reshape(-1)
+    stride = max(-(-flat.numel() // MOST_ELEMENTS), 1)
+    return flat[::stride].float().cpu().numpy().copy()  # type: ignore[no-any-return]
 
 
 class Snapshots:
@@ -39,9 +50,7 @@ class Snapshots:
         found = {}
         for g, group in enumerate(optimizer.param_groups):
             for p, parameter in enumerate(group["params"]):
-                flat = parameter.detach().reshape(-1)
-                stride = max(-(-flat.numel() // MOST_ELEMENTS), 1)
-                found[f"optimizer{number}.group{g}.{p}"] = flat[::stride].float().cpu().numpy().copy()
+                found[f"optimizer{number}.group{g}.{p}"] = sampled(parameter)
         return found
 
     def after_step(self, step: int) -> None:

@@ -28,6 +28,7 @@ observed: `back` is said when they are inside again, `outside` when they are not
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -127,12 +128,16 @@ class _Open:
 class Guard:
     """Takes in the losses of a run; says when they leave what was proven, and whether they come back."""
 
-    def __init__(self, band: Band, alpha: float = ALPHA) -> None:
+    def __init__(self, band: Band | None, alpha: float = ALPHA) -> None:
+        """
+        Args:
+            band: what the proof saw; None: there is only the run's own past.
+        """
         self.alpha = alpha / 2.0
-        self._band: Band | None = band
-        self._limits = limits(band, self.alpha)
+        self._band = band
+        self._limits = [] if band is None else limits(band, self.alpha)
         #: Higher than a window may be anywhere in the band.
-        self.ceiling = max(self._limits)
+        self.ceiling = max(self._limits, default=sys.float_info.max)
         self._begin(0)
 
     def _begin(self, step: int) -> None:

@@ -109,6 +109,9 @@ class _Folded:
         kind = item.pop("kind")
         if kind == "start":
             self.start = msgspec.convert(item, _Start)
+        elif kind == "techniques" and self.start is not None:
+            # A run that tuned itself: what stayed on.
+            self.start.techniques = msgspec.convert(item["techniques"], _Techniques)
         elif kind == "end":
             self.end = msgspec.convert(item, _End)
         elif kind == "steps":
@@ -119,6 +122,9 @@ class _Folded:
             self.events.append(msgspec.convert({"at": 0.0, "text": "", **item, "kind": kind}, Event))
 
 
+_Techniques = dict[str, dict[str, bool | int | float | str]]
+
+
 class _Start(msgspec.Struct):
     script: str
     arguments: tuple[str, ...]
@@ -126,7 +132,7 @@ class _Start(msgspec.Struct):
     pid: int = 0
     clock: float | None = None
     plan: str = ""
-    techniques: dict[str, dict[str, bool | int | float | str]] = {}
+    techniques: _Techniques = {}
     environment: dict[str, str] = {}
 
 
