@@ -16,6 +16,19 @@ from upshift.cli.main import COMMANDS, cli
 from upshift.errors import UsageError
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 2**33), ("512 MiB", 2**29), ("8GB", 8 * 10**9), ("1.5g", 15 * 10**8)]
+)
+def test_sizes(text, size):
+    assert show.Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["8", "0GiB", "eight", "8 parsec"])
+def test_no_sizes(text):
+    with pytest.raises(click.BadParameter, match="write 8GiB"):
+        show.Size().convert(text, None, None)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)])
 def test_help(arguments):
     found = CliRunner().invoke(cli, arguments)

@@ -44,6 +44,23 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """`8GiB`, `512 MiB`, `8GB`: bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a size; a bare number is refused, since nobody knows in what."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", str(value), re.IGNORECASE)
+        if not found or float(found[1]) <= 0:
+            self.fail(f"{value!r} is not a size; write 8GiB or 512MiB.", param, ctx)
+        power = "KMGT".index(found[2].upper()) + 1
+        unit = 1024.0 if found[3] else 1000.0
+        return round(float(found[1]) * unit**power)
+
+
 class ForTarget(click.Command):
     """A command whose options end at `-m MODULE`, too: what follows belongs to the module, as after a script."""
 
@@ -85,7 +102,7 @@ def target(module: str | None, rest: tuple[str, ...]) -> Target:
     if module:
         found = Target(module, tuple(rest), module=True)
     elif rest:
-        found = Target(rest[0], tuple(rest[1:]))
+        found = Target(_script(rest[0]), tuple(rest[1:]))
     else:
         raise UsageError("no script was named.", remedy="upshift COMMAND [OPTIONS] train.py [ARGS OF THE SCRIPT]")
     for item in found.arguments:
@@ -93,6 +110,18 @@ def target(module: str | None, rest: tuple[str, ...]) -> Target:
             say(f"note: {item} stands after {found.name}, so it goes to the script; upshift's options come before it")
             break
     return found
+
+
+def _script(name: str) -> str:
+    """The script to run: of a notebook its code cells, with a note on what is left out."""
+    if not name.endswith(".ipynb"):
+        return name
+    from upshift.api import notebook
+
+    converted = notebook.convert(Path(name))
+    left_out = f"; left out: {', '.join(converted.dropped)}" if converted.dropped else ""
+    say(f"{name}: its code cells, as {converted.script}{left_out}")
+    return str(converted.script)
 
 
 def safe(text: str) -> str:
