@@ -46,6 +46,8 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if origin in (Union, types.UnionType):
         return st.one_of([any_of(item) for item in arguments])
+    if origin is tuple and arguments[-1] is not ...:
+        return st.tuples(*map(any_of, arguments))
     if origin is tuple:
         return st.lists(any_of(arguments[0]), max_size=3).map(tuple)
     if origin is dict:

@@ -286,3 +286,15 @@ def test_what_no_trial_could_resolve_gets_the_time_that_is_left(tmp_path, monkey
     assert sum(bool(item.kept) for item in found) > len(late)
     # What does nothing is not kept for having looked good once.
     assert not any(noisy(tmp_path, monkeypatch, 100 + seed, 1.0).kept for seed in range(25))
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_does_not_fit_is_not_kept_and_the_figures_are_said(world: World, live: bool) -> None:
+    world.factor |= {"hungry": 0.5, "lean": 0.7}
+    world.holds |= {"hungry": 9 * 2**30, "lean": 2**30}
+    both = (make_technique("hungry", live=live, gain=2.0), make_technique("lean"))
+    assert names(search(world, *both)) == {"hungry", "lean"}
+    outcome = search(world, *both, fit=8 * 2**30)
+    assert names(outcome) == {"lean"}
+    failed = [trial.reason for trial in outcome.trials if trial.outcome == "failed"]
+    assert failed == ["needs 9 GiB (measured), --fit allows 8 GiB"]

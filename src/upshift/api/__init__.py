@@ -5,6 +5,7 @@ One file per function; the names below are the public ones.
 
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, diagnose
 from upshift.api.machines import doctor, selftest
+from upshift.api.objective import Objective
 from upshift.api.running import RunOptions, choose_plan, run
 from upshift.api.stored import latest_run, load, report_behind
 from upshift.api.target import Say, Target
@@ -14,6 +15,7 @@ from upshift.api.verifying import VerifyOptions, verify
 __all__ = [
     "DiagnoseOptions",
     "Diagnosed",
+    "Objective",
     "RunOptions",
     "Say",
     "Target",

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, child, diagnose
+from upshift.api.objective import Objective, Search, cost_of, joined, seek
 from upshift.api.target import Say, Target
 from upshift.errors import RecordError, ScriptFailedError
 from upshift.hardware.device import device_name
@@ -18,13 +21,18 @@ from upshift.hook.process import HookRunner
 from upshift.records import Finding, Plan, Trial, TuneReport, codec, planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.planfile import slug
+from upshift.sites import Numerics
 from upshift.techniques import registry
+
+#: Part of a budget that goes into the search by step time where whole runs decide in the end.
+STEP_SHARE = 0.4
 
 
 @dataclass
 class TuneOptions:
     """What `tune` is asked for. `budget` in seconds, the diagnosis included; None: three minutes, or less where the
-    planned training is too short to pay that back."""
+    planned training is too short to pay that back. Where whole runs decide (`objective`), they take what they need.
+    """
 
     budget: float | None = None
     only: tuple[str, ...] = ()
@@ -34,6 +42,9 @@ class TuneOptions:
     plan_file: Path | None = None
     resume: bool = False
     dry_run: bool = False
+    fit: int | None = None
+    """Bytes the plan may hold: on the accelerator where the training uses one, else in host memory."""
+    objective: Objective = field(default_factory=Objective)
     diagnose: DiagnoseOptions = field(default_factory=DiagnoseOptions)
 
 
@@ -87,7 +98,10 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     from upshift.search.candidates import DEFAULT_BUDGET
 
     options = options or TuneOptions()
-    budget = options.budget or DEFAULT_BUDGET
+    goal = options.objective
+    goal.check()
+    # Whole runs need the larger part of a budget.
+    budget = options.budget * (STEP_SHARE if goal.by_metric else 1.0) if options.budget else DEFAULT_BUDGET
     target.check()
     for name in (*options.only, *options.leave_out):
         registry.get(name)
@@ -139,7 +153,11 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         HookRunner(),
         child(target, options.diagnose, "arm"),
         measurement,
-        {technique.card.name: technique for technique in registry.all_techniques()},
+        {
+            technique.card.name: technique
+            for technique in registry.all_techniques()
+            if not (goal.by_metric and technique.card.numerics == Numerics.CHANGES_TRAINING)
+        },
         SearchOptions(
             budget=max(budget - (time.monotonic() - began), 20.0),
             only=options.only,
@@ -147,6 +165,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
             untested=options.untested,
             steps_planned=options.steps_planned,
             seed=options.diagnose.seed,
+            fit=options.fit,
         ),
         say,
         on_trial,
@@ -173,7 +192,15 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         proof=final.proof if final is not None else None,
     )
     plan = _plan(target, report, outcome, files)
-    if outcome.interrupted and not plan.kept and plan_file.exists():
+    if goal.by_metric and not outcome.interrupted:
+        left = options.budget - (time.monotonic() - began) if options.budget else None
+        search = Search(options.only, options.leave_out, options.untested, left, options.diagnose.allow_remote_writes)
+        sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial)
+        report, plan = joined(report, plan, sought, goal)
+    if goal.price is not None:
+        gain = plan.speedup if plan.kept else None
+        report = replace(report, cost=cost_of(measurement, gain, goal.price, time.monotonic() - began))
+    if report.interrupted and not plan.kept and plan_file.exists():
         say(f"{plan_file} is left as it was")
     else:
         planfile.write(plan_file, plan)
@@ -183,7 +210,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
 
     page = report_file.with_suffix(".html")
     codec.write_bytes(page, html.render_tune(report, plan=plan).encode())
-    if not outcome.interrupted:
+    if not report.interrupted:
         state.file.unlink(missing_ok=True)
     return Tuned(report, plan, plan_file, report_file, page)
 

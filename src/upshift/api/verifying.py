@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from upshift.api.diagnosis import DiagnoseOptions, child
+from upshift.api.objective import blank
 from upshift.api.running import RunOptions, choose_plan
 from upshift.api.target import Say, Target
 from upshift.errors import PlanError, RecordError
 from upshift.hardware.device import device_name, kinds_here
 from upshift.hook.process import HookRunner
 from upshift.records import Plan, codec, planfile
-from upshift.records.fingerprint import fingerprint
 from upshift.records.planfile import slug
 from upshift.records.verification import Verification, WholeRun
 
@@ -61,33 +59,16 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     plan = _plan_here(Path(chosen.file))
     device = plan.device if plan is not None else device_name(kinds_here()[0])
     files = plan.fingerprint.files if plan is not None else ()
-    mark = fingerprint(target.name, target.arguments, device, chosen.techniques, files=files, module=target.module)
     wanted = Options(metric, options.seeds, options.margin, "best" if options.best else "last", options.price,
                      options.timeout)  # fmt: skip
-    blank = Verification(
-        script=target.name,
-        arguments=target.arguments,
-        created=time.strftime("%Y-%m-%d %H:%M:%S"),
-        metric=metric.name,
-        mode=metric.mode,
-        techniques=chosen.techniques,
-        fingerprint=hashlib.sha256(codec.dumps(mark)).hexdigest(),
-        seeds=options.seeds,
-        margin=0.0,
-        margin_note="",
-        answer="not shown",
-        reason="interrupted",
-        target=options.target,
-        price=options.price,
-        take=wanted.take,
-    )
+    empty = blank(target, wanted, chosen.techniques, device, files)
     file = Path(".upshift") / "verify" / f"{slug(str(target.stem))}.json"
-    earlier = _runs_before(file, blank, options) if options.resume else ()
+    earlier = _runs_before(file, empty, options) if options.resume else ()
     if earlier:
         say(f"resuming: {len(earlier)} runs are known")
 
     def save(runs: tuple[WholeRun, ...]) -> None:
-        codec.write(file, conclude(runs, wanted, blank))
+        codec.write(file, conclude(runs, wanted, empty))
 
     spec = child(
         target, DiagnoseOptions(allow_remote_writes=options.allow_remote_writes, extra={"collect": True}), "run"
@@ -95,7 +76,7 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     runs = Verifier(
         HookRunner(extra={"PYTHONUNBUFFERED": "1"}), spec, chosen.techniques, wanted, say, save, earlier
     ).run()
-    found = conclude(runs, wanted, blank)
+    found = conclude(runs, wanted, empty)
     codec.write(file, found)
     _write_answer(Path(chosen.file), plan, found)
     return found
@@ -107,12 +88,12 @@ def _plan_here(file: Path) -> Plan | None:
     return next((found for kind in kinds_here() if (found := plans.get(slug(device_name(kind)))) is not None), None)
 
 
-def _runs_before(file: Path, blank: Verification, options: VerifyOptions) -> tuple[WholeRun, ...]:
+def _runs_before(file: Path, empty: Verification, options: VerifyOptions) -> tuple[WholeRun, ...]:
     try:
         before = codec.read(file, Verification)
     except RecordError:
         return ()
-    same = (before.fingerprint, before.metric, before.mode) == (blank.fingerprint, blank.metric, blank.mode)
+    same = (before.fingerprint, before.metric, before.mode) == (empty.fingerprint, empty.metric, empty.mode)
     return tuple(run for run in before.runs if run.seed < options.seeds) if same else ()
 
 

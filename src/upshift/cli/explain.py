@@ -23,8 +23,9 @@ def command(name: str | None) -> None:
     rules = {item.name: item for item in findings.cards()}
     if name is None:
         click.echo("techniques")
+        width = max(map(len, cards)) + 1
         for card in cards.values():
-            click.echo(f"  {card.name:<16}{card.numerics:<10}{card.summary}")
+            click.echo(f"  {card.name:<{width}}{card.numerics:<17}{card.summary}")
         click.echo("\nfindings")
         for rule in rules.values():
             click.echo(f"  {rule.name:<26}{rule.summary}")
@@ -40,7 +41,7 @@ def command(name: str | None) -> None:
         click.echo(f"acts on      {', '.join(card.targets)}")
         click.echo(f"sites        {', '.join(card.sites)}")
         click.echo(f"conflicts    {', '.join(card.conflicts) or 'none'}")
-        click.echo(f"tested on    {', '.join(card.tested_on) or 'nothing yet'}")
+        click.echo(f"tested on    {', '.join(card.tested_on) or 'nothing yet (untested on cuda)'}")
         click.echo(f"source       {card.source}")
         for key, spec in card.settings.items():
             choices = f" ({', '.join(map(str, spec.choices))})" if spec.choices else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -17,6 +18,18 @@ from upshift.cli import show
 @click.option("--without", multiple=True, metavar="NAME", help="Leave this technique out (may be repeated).")
 @click.option("--untested", is_flag=True, help="Also try techniques never run on this kind of device.")
 @click.option("--steps-planned", type=click.IntRange(1), help="Steps the real training will make.")
+@click.option("--objective", type=click.Choice(["step", "time-to-target", "cost"]), default="step",
+              show_default=True, help="What is to become smaller.")  # fmt: skip
+@click.option("--metric", default="", metavar="NAME[:max|:min]",
+              help="The number that counts, by the name under which the script prints or logs it.")  # fmt: skip
+@click.option("--metric-regex", metavar="REGEX", help="Find it by a regular expression with one group instead.")
+@click.option("--target", "goal", type=float, help="The value the metric is to reach.")
+@click.option("--margin", type=click.FloatRange(min=0, min_open=True),
+              help="What the final metric may lose.  [default: 1 % of the stock value]")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True,
+              help="Pairs of whole runs that decide about another training.")  # fmt: skip
+@click.option("--fit", type=show.Size(), help="Memory the plan may need, such as 8GiB (of the accelerator, if any).")
+@click.option("--price", type=click.FloatRange(min=0), help="Price of this machine an hour.")
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan there.")
 @click.option("--dry-run", is_flag=True, help="Diagnose, say what would be tried and at what cost; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted search.")
@@ -32,6 +45,14 @@ def command(
     without: tuple[str, ...],
     untested: bool,
     steps_planned: int | None,
+    objective: Literal["step", "time-to-target", "cost"],
+    metric: str,
+    metric_regex: str | None,
+    goal: float | None,
+    margin: float | None,
+    seeds: int,
+    fit: int | None,
+    price: float | None,
     plan_file: Path | None,
     dry_run: bool,
     resume: bool,
@@ -48,11 +69,15 @@ def command(
     Writes a plan beside the script (train.upshift.toml), which `upshift run` uses, and a report. Nothing else of
     yours is touched: what the trials write lands in scratch. Ctrl-C ends with the best plan so far.
 
+    With --objective time-to-target (or cost) and a metric, techniques that change the training take part, too: a
+    larger batch, a schedule, label smoothing, averaged weights. Whole runs over several seeds decide about them.
+
     \b
     Examples:
       upshift tune train.py --epochs 30
       upshift tune --budget 10m --without compile train.py --epochs 30
       upshift tune --dry-run train.py
+      upshift tune --objective time-to-target --metric accuracy:max --target 0.97 train.py
     """
     from upshift import api
     from upshift.report import terminal
@@ -67,6 +92,8 @@ def command(
         plan_file=plan_file,
         resume=resume,
         dry_run=dry_run,
+        fit=fit,
+        objective=api.Objective(objective, metric, metric_regex, goal, margin, seeds, price),
         diagnose=api.DiagnoseOptions(allow_remote_writes=allow_remote_writes, patience=patience),
     )
     console = show.console()

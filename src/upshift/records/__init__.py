@@ -15,10 +15,10 @@ from upshift.records.measurement import (
 from upshift.records.plan import Kept, Plan, Rejected
 from upshift.records.quantity import Quantity, unknown
 from upshift.records.run import Run
-from upshift.records.trial import Pairing, Proof, Trial, TrialSpec, TuneReport
+from upshift.records.trial import Pairing, Proof, Trial, TuneReport
 
 __all__ = [
     "Anatomy", "Finding", "Floor", "Kept", "LineCost", "LoaderFacts", "Measurement", "ModelFacts",
     "OptimizerFacts", "Pairing", "Phase", "Plan", "Proof", "Quantity", "Rejected", "Run", "ScriptFacts",
-    "Trial", "TrialSpec", "TuneReport", "unknown",
+    "Trial", "TuneReport", "unknown",
 ]  # fmt: skip

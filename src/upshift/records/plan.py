@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from upshift.records.quantity import Record
 from upshift.records.trial import Proof
+from upshift.records.verification import Interval
 
 SCHEMA = 1
 
@@ -76,6 +77,10 @@ class Plan(Record, frozen=True):
     proof: Proof | None = None
     kept: tuple[Kept, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    objective: str = "step"
+    """What the plan makes smaller: `step`, or `time-to-target` or `cost`; then it may change the training."""
+    to_target: Interval | None = None
+    """Time to the target, stock / planned, over seeds; None where the objective is the step."""
     schema: int = SCHEMA
 
     @property

@@ -78,9 +78,10 @@ def write(path: Path, plan: Plan) -> None:
     kept = values.pop("kept", [])
     rejected = values.pop("rejected", [])
     proof = values.pop("proof", None)
-    fingerprint = values.pop("fingerprint")
+    tables = {key: values.pop(key) for key in ("fingerprint", "to_target") if key in values}
     section = _table(values)
-    section.add("fingerprint", _table(fingerprint))
+    for key, item in tables.items():
+        section.add(key, _table(item))
     if proof is not None:
         # Curves belong to the report; the plan keeps what was concluded from them.
         for long in ("stock_losses", "planned_losses"):

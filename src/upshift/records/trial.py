@@ -8,6 +8,7 @@ from typing import Literal
 from upshift.records.finding import Finding
 from upshift.records.measurement import Measurement
 from upshift.records.quantity import Record
+from upshift.records.verification import Verification
 
 Rung = Literal["none", "update", "trajectory", "metric", "bitwise"]
 Outcome = Literal["faster", "slower", "no change", "failed", "not applicable", "not shown", "not tried"]
@@ -17,19 +18,6 @@ RUNGS: tuple[Rung, ...] = ("none", "update", "trajectory", "metric")
 
 #: Windows of a band.
 MOST_WINDOWS = 32
-
-
-class TrialSpec(Record, frozen=True):
-    """What to run: arms as technique -> settings; the first arm is the reference."""
-
-    script: str
-    arguments: tuple[str, ...]
-    arms: tuple[dict[str, dict[str, bool | int | float | str]], ...]
-    method: Literal["screen", "confirm", "sequential"]
-    seconds: float
-    steps: int = 0
-    seed: int = 0
-    module: bool = False
 
 
 class Pairing(Record, frozen=True):
@@ -164,4 +152,10 @@ class TuneReport(Record, frozen=True):
     interrupted: bool = False
     final: Pairing | None = None
     proof: Proof | None = None
+    objective: str = "step"
+    """What was to become smaller: the time of a `step`, the `time-to-target`, the `cost`."""
+    verification: Verification | None = None
+    """The whole runs that decided about techniques that change the training."""
+    cost: str = ""
+    """What steps and the search cost, where a price was given."""
     schema: int = 1

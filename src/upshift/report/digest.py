@@ -21,8 +21,12 @@ STAGES = ("confirm", "screen", "attribution", "check")
 def claim(report: TuneReport) -> Claim:
     """What the figures of a search allow to say, whatever its verdict sentence says.
 
-    `win` needs a kept technique, a final pairing whose lower bound exceeds 1, and a proof that passed.
+    `win` needs a kept technique, a final pairing whose lower bound exceeds 1, and a proof that passed; or, where whole
+    runs decided, that these show the plan sooner at the target and as good at the end.
     """
+    if report.kept and report.proof is not None and report.proof.rung == "metric":
+        found = report.verification
+        return "win" if report.proof.passed and found is not None and found.answer == "as good" else "unproven"
     if report.kept:
         proven = report.proof is not None and report.proof.passed and report.proof.rung != "none"
         return "win" if proven and words.direction(report.final) == "faster" else "unproven"

@@ -10,6 +10,7 @@ from upshift.records.measurement import Floor
 from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
+from upshift.records.verification import Verification
 from upshift.report import digest, words
 
 NOT_PAIRED = (
@@ -21,6 +22,8 @@ NOT_PAIRED = (
 def headline(report: TuneReport) -> str:
     """The claim the figures allow, in one line."""
     kind = digest.claim(report)
+    if kind == "win" and report.verification is not None and report.objective != "step":
+        return target_text(report.verification)
     if kind == "win":
         return words.speedup_text(report.final)
     if kind == "interrupted":
@@ -30,6 +33,14 @@ def headline(report: TuneReport) -> str:
     if words.direction(report.final) != "faster":
         return f"The plan's gain is not shown ({words.speedup_text(report.final)})."
     return f"{words.speedup_text(report.final)}, but that the result is unharmed is not shown."
+
+
+def target_text(found: Verification) -> str:
+    """How much sooner the target is reached, or in how many more runs."""
+    sooner = found.target_speedup
+    if sooner is None or sooner.mean is None or sooner.low is None:
+        return f"The target is reached in {found.reached[1]} runs, by the untouched script in {found.reached[0]}."
+    return f"Target {words.ratio(sooner.mean)} sooner (at least {words.ratio(sooner.low)} at 95 %, {sooner.n} seeds)"
 
 
 def break_even_text(report: TuneReport, plan: Plan | None = None) -> str:

@@ -28,6 +28,7 @@ from upshift.report.blocks import indent as _indent
 from upshift.report.blocks import joined as _join
 from upshift.report.blocks import line as _text
 from upshift.report.blocks import title as _title
+from upshift.report.verified import times, whole_runs
 
 _OUTCOMES = {"faster": "green", "slower": "yellow", "failed": "red", "no change": "dim"}
 _SEVERITY = {"major": "bold yellow", "minor": "yellow", "note": "dim"}
@@ -234,6 +235,8 @@ def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = N
         parts.append(_indent(_text(note, "dim")))
     if report.final is not None:
         parts += [Text(), _head("Confirmation against the untouched script"), _indent(_facts(_final(report)))]
+    if report.verification is not None:
+        parts += [Text(), _head("Whole runs, stock and plan in turn"), _indent(whole_runs(report.verification))]
     if report.kept:
         parts += [Text(), _head("Proof")]
         parts.append(_indent(_facts(_proofs(report))))
@@ -328,6 +331,8 @@ def _ending(report: TuneReport, report_file: str, plan: Plan | None) -> list[tup
         rows.append(("break-even", sentences.break_even_text(report, plan)))
     if report.forecast:
         rows.append(("forecast", report.forecast))
+    if report.cost:
+        rows.append(("cost", report.cost))
     rows.append(("search took", f"{words.duration(report.seconds)} of {words.duration(report.budget)} allowed"))
     if report.interrupted:
         rows.append(("interrupted", "yes: what had been measured by then is shown"))
@@ -409,6 +414,8 @@ def render_plan(plan: Plan) -> RenderableType:
         if words.finite(plan.low) and words.finite(plan.high):
             evidence += f" (99 % bounds {words.ratio(plan.low)} to {words.ratio(plan.high)}, {plan.pairs:,} quads)"
     paid = "at once" if plan.break_even_steps == 0 else f"after {words.number(plan.break_even_steps)} steps"
+    if plan.to_target is not None:
+        evidence = times(plan.to_target, "time to target")
     rows = [
         ("speed-up", evidence),
         ("proof", words.proof_text(plan.proof)),

@@ -14,13 +14,21 @@ _STYLES = {"as good": "bold green", "worse": "bold red", "not shown": "bold yell
 
 def render_verify(found: Verification) -> RenderableType:
     """What whole runs say about the metric, the time to target and the time of a run."""
+    return Group(
+        title("verify", found.script, found.arguments), Text(), whole_runs(found), Text(),
+        line(_verdict(found), _STYLES[found.answer]), line(found.reason),
+    )  # fmt: skip
+
+
+def whole_runs(found: Verification) -> RenderableType:
+    """The figures of the runs, without the answer."""
     better = "higher" if found.mode == "max" else "lower"
     rows = [
         ("metric", f"{words.clean(found.metric, 80)} ({better} is better), {found.take} value of each run"),
         ("margin", f"{words.number(found.margin)} ({found.margin_note})"),
         ("difference", f"{_interval(found.difference)}, above zero is better"),
         ("seed spread", words.number(found.seed_spread)),
-        ("faster", _times(found.speedup, "whole run, start-up included")),
+        ("faster", times(found.speedup, "whole run, start-up included")),
         ("to target", _target(found)),
     ]
     if found.price is not None:
@@ -30,11 +38,11 @@ def render_verify(found: Verification) -> RenderableType:
     for label, take in (("seconds", "seconds"), ("steps", "steps")):
         cells = [_middle([getattr(run, take) for run in found.runs if run.arm == arm]) for arm in ("stock", "plan")]
         table.add_row(line(label, "dim"), *map(line, cells))
-    parts: list[RenderableType] = [title("verify", found.script, found.arguments), Text(), table, Text(), facts(rows)]
+    parts: list[RenderableType] = [table, Text(), facts(rows)]
     for run in found.runs:
         for note in run.notes:
             parts.append(line(f"{run.arm}, seed {run.seed}: {note}", "yellow"))
-    return Group(*parts, Text(), line(_verdict(found), _STYLES[found.answer]), line(found.reason))
+    return Group(*parts)
 
 
 def _verdict(found: Verification) -> str:
@@ -55,7 +63,8 @@ def _interval(found: Interval | None) -> str:
     return f"{words.number(found.mean)} ({words.number(found.low)} to {words.number(found.high)})"
 
 
-def _times(found: Interval | None, what: str) -> str:
+def times(found: Interval | None, what: str) -> str:
+    """A ratio of times with its bounds: `1.31x (1.12x to 1.52x at 95 %), time to target, 3 pairs`."""
     if found is None or found.mean is None:
         return words.UNKNOWN
     bounds = ""
@@ -72,7 +81,7 @@ def _target(found: Verification) -> str:
     reached = f"{words.number(found.target)} reached by {stock} of {pairs} stock and {plan} of {pairs} planned runs"
     if found.target_speedup is None:
         return f"{reached}; the ratio of times is {words.UNKNOWN}"
-    return f"{_times(found.target_speedup, 'time to target')}; {reached}"
+    return f"{times(found.target_speedup, 'time to target')}; {reached}"
 
 
 def _cost(found: Verification) -> str:

@@ -86,6 +86,11 @@ TUNE_NOTES = (
 
 def tune_claim(report: TuneReport) -> Claim:
     kind = digest.claim(report)
+    if kind == "win" and report.verification is not None and report.objective != "step":
+        sooner = report.verification.target_speedup
+        big, unit = (words.ratio(sooner.mean).removesuffix("x"), "×") if sooner and sooner.mean else ("Reached", "")
+        under = (sentences.headline(report), words.rung_text(report.proof))
+        return Claim(kind, big, unit, under, words.lines(report.verdict), report.forecast)
     if kind == "win" and report.final is not None:
         under = (f"faster, {words.bounds_text(report.final)}", words.rung_text(report.proof))
         big = words.ratio(report.final.ratio).removesuffix("x")

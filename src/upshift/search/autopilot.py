@@ -37,6 +37,9 @@ LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 
 #: The least seconds of a live trial; what a compiler is expected to take before the first step.
 LIVE_SECONDS, PREPARING = 4.0, 25.0
 
+#: A predicted speed-up from which a process trial comes first, however cheap the live ones are.
+MUCH = 1.5
+
 #: A ratio from which a trial that could not tell is worth the rest of the time.
 PROMISING = 1.03
 
@@ -55,6 +58,8 @@ class Options:
     steps_planned: int | None = None
     timeout: float = 60.0
     seed: int = 0
+    fit: int | None = None
+    """Bytes the plan may hold."""
     child: dict[str, object] = field(default_factory=dict)
 
 
@@ -126,7 +131,8 @@ class Autopilot:
         base = msgspec.structs.replace(self.base, seed=self.options.seed)
         patience = max(180.0, 6 * self.startup + 20 * self.step)
         timeout = max(self.options.timeout, 60 * self.step)
-        return Duel(self.runner, base, timeout=timeout, patience=patience, seed=self._seed)
+        return Duel(self.runner, base, timeout=timeout, patience=patience, seed=self._seed,
+                    fit=self.options.fit)  # fmt: skip
 
     def _left(self) -> float:
         return self.options.budget - (time.monotonic() - self.began)
@@ -280,7 +286,7 @@ class Autopilot:
         """
         best = max((item.gain for item in process), default=1.0)
         slow = len(live) * max(LEAST_QUADS * 4 * self.step, LIVE_SECONDS) > self.options.budget * LIVE_SHARE
-        if not slow or best < 1.08:
+        if best < (1.08 if slow else MUCH):
             return live, []
         return [item for item in live if item.gain >= best], [item for item in live if item.gain < best]
 

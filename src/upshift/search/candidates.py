@@ -8,11 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from upshift.records import Measurement, Trial
 from upshift.records.plan import Setting
 from upshift.records.quantity import Record
-from upshift.sites import Technique
+from upshift.sites import Numerics, Technique
 from upshift.units import seconds as in_words
 
 #: Seconds a search may take that nobody limited.
 DEFAULT_BUDGET = 180.0
+
+#: Why a technique is no candidate of a search by step time.
+CHANGES_TRAINING = (
+    "changes the training: takes part only with --objective time-to-target or cost, a --metric and a --target"
+)
 
 
 class Candidate(Record, frozen=True):
@@ -45,10 +50,12 @@ def candidates(
     leave_out: Sequence[str] = (),
     untested: bool = False,
     predicted: Mapping[str, float] | None = None,
+    training: bool = False,
 ) -> tuple[list[Candidate], list[Trial]]:
     """The candidates, the most promising first, and a trial record for every technique that is not one.
 
     Args:
+        training: only techniques that change the training; otherwise those are refused.
         predicted: technique -> speed-up a finding of the diagnosis predicts, where that is more than its own check.
     """
     predicted = predicted or {}
@@ -57,16 +64,22 @@ def candidates(
     for technique in techniques:
         card = technique.card
         reason = ""
-        if only and card.name not in only:
+        changes = card.numerics == Numerics.CHANGES_TRAINING
+        if training and not changes:
+            continue
+        if changes and not training:
+            reason = CHANGES_TRAINING
+        elif only and card.name not in only:
             reason = "not asked for"
         elif card.name in leave_out:
             reason = "left out on request"
-        elif seen.facts.device.split(":")[0] not in card.tested_on and not (untested or card.name in only):
-            reason = f"untested on {seen.facts.device}; name it with --only {card.name} to try it"
         verdict = None
         if not reason:
             verdict = technique.check(seen)
             reason = "" if verdict.applies else verdict.reason
+        kind = seen.facts.device.partition(":")[0]
+        if not reason and kind not in card.tested_on and not (untested or card.name in only):
+            reason = f"untested on {kind}; --untested or --only {card.name} would try it"
         if reason or verdict is None:
             refused.append(
                 Trial(name=card.name, candidate={card.name: {}}, reference={}, outcome="not applicable",

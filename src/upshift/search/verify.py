@@ -34,7 +34,10 @@ DEFAULT_MARGIN = 0.01
 
 @dataclass
 class Options:
-    """What the person asked for. `margin` in the metric's unit; None: 1 % of the mean stock value."""
+    """What the person asked for. `margin` in the metric's unit; None: 1 % of the mean stock value.
+
+    `first_seed`: seeds are this and those that follow.
+    """
 
     metric: Metric
     seeds: int = 3
@@ -42,15 +45,30 @@ class Options:
     take: Literal["last", "best"] = "last"
     price: float | None = None
     timeout: float = 24 * 3600.0
+    first_seed: int = 0
+
+
+def spec_of(base: ChildSpec, plan: ArmPlan, seed: int) -> ChildSpec:
+    """The whole run of a plan with a seed."""
+    return msgspec.structs.replace(
+        base, plan=plan, seed=seed, options={**base.options, "seed_shift": seed, "quiet": True}
+    )
 
 
 def whole_run(
-    runner: Runner, spec: ChildSpec, arm: Arm, seed: int, options: Options, tell: Callable[[float, str], None]
+    runner: Runner,
+    spec: ChildSpec,
+    arm: Arm,
+    seed: int,
+    options: Options,
+    tell: Callable[[float, str], None],
+    enough: Callable[[Sequence[tuple[float, float]], float], bool] | None = None,
 ) -> WholeRun:
     """Run the script to its end and collect the metric as it appears.
 
     Args:
         tell: called now and then with the seconds passed and the latest value in words.
+        enough: given (seconds, value) so far and the seconds passed: whether the run may be ended early.
 
     Raises:
         ScriptFailedError: it ended with an error, or ran into the time limit.
@@ -72,6 +90,8 @@ def whole_run(
                 raise ScriptFailedError(str(message.get("text", "")), remedy=str(message.get("remedy", "")))
             if message is not None and kind == "gone":
                 code = int(message.get("code") or 0)
+            elif enough is not None and enough(_so_far(reader), at):
+                break
             elif at > options.timeout:
                 raise ScriptFailedError(
                     f"the {arm} run did not end within {in_words(options.timeout)}.",
@@ -82,6 +102,8 @@ def whole_run(
                 tell(at, _latest(reader))
         seconds = time.monotonic() - began
         reader.end(seconds)
+        if code is None:
+            return WholeRun(arm=arm, seed=seed, seconds=seconds, code=0, values=tuple(_so_far(reader)))
         if code != 0:
             tail = "\n".join(child.output().strip().splitlines()[-8:])
             raise ScriptFailedError(f"the {arm} run with seed {seed} ended with exit code {code}:\n{tail}")
@@ -114,6 +136,13 @@ def _read_on(child: Child, reader: Reader, read: dict[Path, int], at: float) -> 
             continue
         read[file] = read.get(file, 0) + len(data)
         reader.feed(str(file), data.decode(errors="replace").replace("\r", "\n"), at)
+
+
+def _so_far(reader: Reader) -> Sequence[tuple[float, float]]:
+    try:
+        return reader.series()
+    except UsageError:
+        return ()
 
 
 def _latest(reader: Reader) -> str:
@@ -152,7 +181,8 @@ class Verifier:
     def order(self) -> list[tuple[Arm, int]]:
         """The runs to make: stock first for even seeds, the plan first for odd ones."""
         arms: tuple[Arm, Arm] = ("stock", "plan")
-        wanted = [(arm, seed) for seed in range(self.options.seeds) for arm in (arms if seed % 2 == 0 else arms[::-1])]
+        seeds = range(self.options.first_seed, self.options.first_seed + self.options.seeds)
+        wanted = [(arm, seed) for seed in seeds for arm in (arms if seed % 2 == 0 else arms[::-1])]
         done = {(run.arm, run.seed) for run in self.runs}
         return [item for item in wanted if item not in done]
 
@@ -160,12 +190,7 @@ class Verifier:
         """Make the runs. What is done is kept by `on_run` when this is interrupted."""
         todo = self.order()
         for place, (arm, seed) in enumerate(todo):
-            spec = msgspec.structs.replace(
-                self.base,
-                plan=self.plan if arm == "plan" else {},
-                seed=seed,
-                options={**self.base.options, "seed_shift": seed, "quiet": True},
-            )
+            spec = spec_of(self.base, self.plan if arm == "plan" else {}, seed)
 
             def tell(at: float, latest: str, arm: Arm = arm, seed: int = seed, place: int = place) -> None:
                 left = self._left(todo[place:], at)

@@ -1,0 +1,245 @@
+"""Techniques that change the training: whole runs decide, by the time to a target and by the final metric.
+
+A step of another training says nothing about its result, so nothing here is timed by the step. One seed picks: a run
+of the untouched script, then one run per candidate on top of those that were sooner, ended as soon as the target is
+reached or the best so far is missed. Other seeds decide: whole runs, stock and plan in turn, must be sooner at the
+target and as good at the end (`verify.conclude`). What only one seed saw is never kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgspec.structs import replace
+
+from upshift.errors import ScriptFailedError, UsageError
+from upshift.records import Measurement, Trial
+from upshift.records.verification import Verification, WholeRun
+from upshift.search.candidates import Candidate, candidates, conflicting
+from upshift.search.duel import ArmPlan
+from upshift.search.verify import Options, Verifier, conclude, reached, spec_of, whole_run
+from upshift.sites import Technique
+from upshift.sites.runner import ChildSpec, Runner
+from upshift.units import seconds as in_words
+
+#: What a run with one seed must be sooner at the target to be taken further.
+PROMISING = 1.03
+#: A run is ended when it is later at the target than the best so far by this factor.
+PATIENCE = 1.25
+
+
+@dataclass
+class Sought:
+    """What came of it. `verification` is None where nothing was worth whole runs over several seeds."""
+
+    plan: ArmPlan
+    trials: tuple[Trial, ...] = ()
+    verification: Verification | None = None
+    verdict: str = ""
+    interrupted: bool = False
+
+
+@dataclass
+class Wanted:
+    """What the person asked for. `budget` in seconds from now, None: as long as it takes."""
+
+    verify: Options
+    only: Sequence[str] = ()
+    leave_out: Sequence[str] = ()
+    untested: bool = False
+    budget: float | None = None
+    known: dict[str, Technique] = field(default_factory=dict)
+
+
+class TargetSearch:
+    """Searches on top of a plan whose techniques do not change the training."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        base: ChildSpec,
+        seen: Measurement,
+        wanted: Wanted,
+        blank: Callable[[ArmPlan], Verification],
+        say: Callable[[str], None],
+        on_trial: Callable[[Trial], None],
+    ) -> None:
+        """
+        Args:
+            seen: the diagnosis, for what applies.
+            blank: a verification of a plan with what does not come from runs.
+        """
+        self.runner, self.base, self.seen, self.wanted = runner, base, seen, wanted
+        self.blank, self.say, self.on_trial = blank, say, on_trial
+        self.trials: list[Trial] = []
+        self.began = time.monotonic()
+
+    def run(self, start: ArmPlan) -> Sought:
+        """Search. A target that the untouched script does not reach is one any run that reaches it beats.
+
+        Args:
+            start: the plan found so far, proven by other means; {} where there is none.
+
+        Raises:
+            UsageError: the metric was not found, or the budget does not hold the runs a decision needs.
+            ScriptFailedError: the untouched script failed.
+        """
+        try:
+            stock = self._once({}, "the untouched script", None)
+            self._afford(stock.seconds)
+            found = self._candidates(stock.steps)
+            plan = self._pick(dict(start), found, stock)
+            if plan == start:
+                return Sought(plan, tuple(self.trials), verdict=self._nothing(found))
+            return self._decide(plan, start)
+        except KeyboardInterrupt:
+            return Sought(dict(start), tuple(self.trials), verdict="Interrupted before whole runs decided anything.",
+                          interrupted=True)  # fmt: skip
+
+    def _candidates(self, steps: int) -> list[Candidate]:
+        """What applies, now that a whole run has told how many steps the training makes."""
+        wanted, seen = self.wanted, self.seen
+        if steps:
+            seen = replace(seen, facts=replace(seen.facts, steps_total=steps))
+        found, refused = candidates(wanted.known.values(), seen, only=wanted.only, leave_out=wanted.leave_out,
+                                    untested=wanted.untested, training=True)  # fmt: skip
+        for trial in refused:
+            self._add(trial)
+        return found
+
+    def _add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        self.on_trial(trial)
+
+    # -- one seed picks ------------------------------------------------------------------------------------------
+
+    def _pick(self, plan: ArmPlan, found: Sequence[Candidate], stock: WholeRun) -> ArmPlan:
+        if not found:
+            return plan
+        goal = reached(stock, self.wanted.verify.metric)
+        best = goal if goal is not None else stock.seconds
+        if plan:
+            before = self._once(plan, " + ".join(plan), best)
+            best = min(reached(before, self.wanted.verify.metric) or best, best)
+        for candidate in found:
+            other = conflicting(candidate.name, plan, self.wanted.known)
+            if candidate.name in plan or other:
+                if other:
+                    self._note(candidate, plan, "not tried", f"conflicts with {other}, which is sooner")
+                continue
+            if not self._time_for(best, stock.seconds):
+                self._note(candidate, plan, "not tried", "what is left of the budget is kept for the runs that decide")
+                continue
+            try:
+                run = self._once({**plan, candidate.name: candidate.settings}, candidate.label, best)
+            except ScriptFailedError as failed:
+                self._note(candidate, plan, "failed", failed.message)
+                continue
+            at = reached(run, self.wanted.verify.metric)
+            if at is not None and best / at >= PROMISING:
+                self._note(candidate, plan, "faster", f"{self._goal()} after {in_words(at)}, before it "
+                           f"{in_words(best)} (one seed)")  # fmt: skip
+                plan = {**plan, candidate.name: candidate.settings}
+                best = at
+            else:
+                told = "not reached" if at is None else f"after {in_words(at)}"
+                self._note(candidate, plan, "no change" if at is not None else "slower",
+                           f"{self._goal()} {told} within {in_words(run.seconds)}, without it {in_words(best)} "
+                           "(one seed)")  # fmt: skip
+        return plan
+
+    def _goal(self) -> str:
+        metric = self.wanted.verify.metric
+        return f"{metric.name} {metric.target:g}"
+
+    def _note(self, candidate: Candidate, plan: ArmPlan, outcome: Literal["faster", "slower", "no change", "failed",
+              "not tried"], reason: str) -> None:  # fmt: skip
+        self._add(
+            Trial(name=candidate.label, candidate={**plan, candidate.name: candidate.settings}, reference=dict(plan),
+                  outcome=outcome, reason=reason, stage="screen")
+        )  # fmt: skip
+
+    def _once(self, plan: ArmPlan, name: str, best: float | None) -> WholeRun:
+        """One run with the seed that picks, ended early where `best` (seconds to the target) is known."""
+        options = self.wanted.verify
+        metric = options.metric
+        assert metric.target is not None
+        target = metric.target
+
+        def enough(values: Sequence[tuple[float, float]], at: float) -> bool:
+            if best is None:
+                return False
+            return at > PATIENCE * best or any(metric.better(value, target) for _, value in values)
+
+        def tell(at: float, latest: str) -> None:
+            self.say(f"{name}: {in_words(at)}, {latest}")
+
+        seed = options.first_seed
+        arm: Literal["stock", "plan"] = "plan" if plan else "stock"
+        return whole_run(self.runner, spec_of(self.base, plan, seed), arm, seed, options, tell, enough)
+
+    def _time_for(self, run: float, whole: float) -> bool:
+        budget = self.wanted.budget
+        if budget is None:
+            return True
+        left = budget - (time.monotonic() - self.began)
+        return left - PATIENCE * run >= 2 * self.wanted.verify.seeds * whole
+
+    def _afford(self, whole: float) -> None:
+        seeds = self.wanted.verify.seeds
+        self.say(f"a whole run takes {in_words(whole)}: the runs that decide take about {in_words(2 * seeds * whole)}")
+        if self.wanted.budget is not None and not self._time_for(0.0, whole):
+            raise UsageError(
+                f"a whole run takes {in_words(whole)}: {seeds} seeds of both arms do not fit into the --budget.",
+                remedy=f"Allow at least {in_words(whole * (2 * seeds + 2) * 1.1)}, or leave --budget out.",
+            )
+
+    # -- other seeds decide --------------------------------------------------------------------------------------
+
+    def _decide(self, plan: ArmPlan, start: ArmPlan) -> Sought:
+        options = self.wanted.verify
+        fresh = Options(options.metric, options.seeds, options.margin, options.take, options.price, options.timeout,
+                        options.first_seed + 1)  # fmt: skip
+        blank = self.blank(plan)
+        known: list[WholeRun] = []
+
+        def keep(runs: Sequence[WholeRun]) -> None:
+            known[:] = runs
+
+        self.say(f"{' + '.join(plan)}: whole runs over {options.seeds} other seeds decide")
+        Verifier(self.runner, self.base, plan, fresh, self.say, keep).run()
+        found = conclude(known, fresh, blank)
+        sooner = found.target_speedup
+        names = " + ".join(plan)
+        changes = [name for name in plan if name not in start]
+        problem = ""
+        if found.answer != "as good":
+            problem = f"not shown to be as good on {found.metric}: {found.reason}"
+        elif sooner is None and found.reached[1] > found.reached[0]:
+            problem = ""  # the plan reaches in every run what the untouched script does not
+        elif sooner is None:
+            problem = f"the target was reached in {found.reached[0]} stock and {found.reached[1]} planned runs"
+        elif sooner.low is None or sooner.low <= 1.0:
+            problem = f"not sooner at the target beyond the spread of {found.seeds} seeds"
+        if problem:
+            found = replace(found, answer=found.answer if found.answer != "as good" else "not shown", reason=problem)
+            kept = f"; {' + '.join(start)} stays" if start else ""
+            return Sought(dict(start), tuple(self.trials), found, f"{names}: {problem}{kept}.")
+        gain = (
+            f"the target after {sooner.mean:.2f}x less time (at least {sooner.low:.2f}x at 95 %)"
+            if sooner is not None and sooner.mean is not None and sooner.low is not None
+            else f"the target in {found.reached[1]} runs, the untouched script in {found.reached[0]}"
+        )
+        return Sought(
+            plan, tuple(self.trials), found,
+            f"{names}: {gain} over {found.seeds} seeds, and {found.metric} as good at the end: {found.reason}. "
+            f"This is another training ({', '.join(changes)}).",
+        )  # fmt: skip
+
+    def _nothing(self, found: Sequence[Candidate]) -> str:
+        if not found:
+            return "No technique that changes the training applies."
+        return f"No technique that changes the training was sooner at {self._goal()}."
