@@ -14,19 +14,24 @@ PAGES = tuple(
 _FENCE = re.compile(
     r"^(?P<mark>`{3,})(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=mark)[ \t]*$", re.MULTILINE | re.DOTALL
 )
-_NO_RUN = re.compile(r"<!--\s*no-run:(?P<reason>[^\n]*?)-->\s*\Z")
+_REMARK = re.compile(r"<!--\s*(?P<remark>[^\n]*?)\s*-->\s*\Z")
 _LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. `line` is that of its first line of content; `no_run` the reason it must not be executed."""
+    """One fenced block. `line` is that of its first line of content; `remark` is the comment right before it."""
 
     page: Path
     line: int
     language: str
     body: str
-    no_run: str | None
+    remark: str
+
+    @property
+    def no_run(self) -> str | None:
+        """The reason it must not be executed."""
+        return self.remark.partition("no-run:")[2].strip() if self.remark.startswith("no-run:") else None
 
     def __str__(self) -> str:
         return f"{name(self.page)}:{self.line}"
@@ -46,14 +51,14 @@ def blocks_in(content: str, page: Path = ROOT / "README.md") -> list[Block]:
     """All fenced blocks of a text, in order."""
     found = []
     for match in _FENCE.finditer(content):
-        skip = _NO_RUN.search(content[: match.start()])
+        before = _REMARK.search(content[: match.start()])
         found.append(
             Block(
                 page=page,
                 line=content.count("\n", 0, match.start("body")) + 1,
                 language=match["language"],
                 body=match["body"],
-                no_run=skip["reason"].strip() if skip else None,
+                remark=before["remark"] if before else "",
             )
         )
     return found

@@ -12,7 +12,8 @@ CARD = FindingCard(
     name="allocator_churn",
     summary="glibc's allocator returns large buffers to the system, which hands them out again page by page.",
     source="glibc manual, Malloc Tunable Parameters (M_MMAP_THRESHOLD); PyTorch tuning guide, jemalloc and TCMalloc",
-    triggers="on a CPU under glibc's allocator: 64 MiB or more go through a step's operations",
+    triggers="on a CPU under glibc's allocator: 64 MiB or more go through a step's operations, forward and backward "
+    "are 30 % of it or more, and page faults, where they were counted, 2 % or more",
     limits="How many faults go is assumed (half). Without a count of faults, usual gains are all there is.",
     techniques=("allocator",),
 )

@@ -13,7 +13,7 @@ CARD = FindingCard(
     summary="Much of forward and backward is neither arithmetic nor memory traffic: many small operations.",
     source="Ansel et al. 2024, PyTorch 2: TorchDynamo and TorchInductor; Williams et al. 2009, Roofline",
     triggers="forward + backward are half the step or more and at least twice their floor; a compiler is there",
-    limits="Compilation takes minutes and pays back only over many steps; changing shapes compile again.",
+    limits="Compilation takes seconds to minutes and pays back only over many steps; changing shapes compile again.",
     techniques=("compile",),
 )
 LEAST, ABOVE_FLOOR = 0.5, 2.0

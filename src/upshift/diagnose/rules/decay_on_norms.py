@@ -9,7 +9,7 @@ from upshift.records import Finding, Measurement
 CARD = FindingCard(
     name="decay_on_norms",
     summary="Strong weight decay also acts on normalisation weights and biases.",
-    source="Brown et al. 2020 and common practice since; a mild hint",
+    source="Jia et al. 2018 (arXiv:1807.11205); He et al. 2019, Bag of Tricks (no bias decay)",
     triggers="decoupled weight decay of 0.05 or more on parameters of one dimension, in a model with norm layers",
     limits="A note only; what it changes is unknown, and often little.",
 )

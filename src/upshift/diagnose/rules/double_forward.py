@@ -14,8 +14,10 @@ CARD = FindingCard(
     name="double_forward",
     summary="The model runs more often than its backward pass.",
     source="Kaplan et al. 2020, Scaling Laws (backward has twice the FLOPs of forward); Amdahl 1967",
-    triggers="the counted FLOPs of forward are 0.95 times those of backward or more; all models are trained",
-    limits="Frozen layers, of which backward has less to do, and a model of one layer, look the same.",
+    triggers="the counted FLOPs of forward are 0.95 times those of backward or more, and what that is too much takes "
+    "5 % of the step or more; all models are trained, none is compiled",
+    limits="Frozen layers, of which backward has less to do, and a model of one layer, look the same. Silent where "
+    "evaluation was seen, whose FLOPs would be counted as well.",
 )
 #: A forward pass of its own has half the arithmetic of its backward pass; as much where its first layer, whose input
 #: needs no gradient, is nearly all of it. A second one brings it to as much at least.

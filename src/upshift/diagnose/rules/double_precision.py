@@ -10,7 +10,8 @@ CARD = FindingCard(
     name="double_precision",
     summary="The model computes in float64, at half the speed of float32 or less.",
     source="numpy's default type is float64; Williams et al. 2009, Roofline",
-    triggers="the products of the step, or all parameters of a trained model, are float64",
+    triggers="the products of the step, or all parameters of a trained model, are float64; forward, backward and "
+    "optimizer are 10 % of the step or more",
     limits="float32 is another precision: where float64 is needed (physics, ill-conditioned problems) it is right.",
 )
 LEAST = 0.1

@@ -13,7 +13,8 @@ CARD = FindingCard(
     summary="The step is near this machine's floor: nothing much to gain by execution.",
     source="Williams, Waterman and Patterson 2009, Roofline",
     triggers="the arithmetic (fastest usable dtype) or bandwidth floor is 70 % of the step or more",
-    limits="A floor from a lower bound of the FLOPs is itself low; against a peak probed on a busy machine, too high.",
+    limits="A floor from a lower bound of the FLOPs is itself low. Silent where the peak could only be estimated, and "
+    "where the floor lies more than 10 % above the step, since then the peak is wrong.",
 )
 LEAST = 0.7
 #: No step beats its floor: one far above the step rests on a wrong peak.

@@ -10,7 +10,8 @@ CARD = FindingCard(
     name="needless_graph",
     summary="create_graph is on, but gradients of gradients are not used.",
     source="torch.autograd.backward documentation, create_graph",
-    triggers="backward with create_graph, one backward pass a step, and no line that calls autograd.grad",
+    triggers="backward with create_graph, one backward pass a step that is 10 % of it or more, and no line that calls "
+    "autograd.grad",
     limits="A second derivative taken in a library, or now and then, is not seen.",
 )
 LEAST = 0.1

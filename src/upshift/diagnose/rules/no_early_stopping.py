@@ -11,7 +11,8 @@ CARD = FindingCard(
     name="no_early_stopping",
     summary="The loss has levelled off long before the planned end, and nothing stops the training.",
     source="Prechelt 1998, Early Stopping - But When?; loss against the logarithm of the step",
-    triggers="the trend of the later half promises (at 99 %) at most 2 % of the fall so far, over all steps planned",
+    triggers="the trend of the later half promises (at 99 %) at most 2 % of the fall so far, over all steps planned, "
+    "which are four times those watched or more",
     limits="Holds for the learning rate as it is: silent where a schedule is seen or spoken of, and where the source "
     "speaks of stopping early. Needs the number of planned steps.",
 )
