@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types imports unit test-frameworks test-cuda soak mutants bench bench-proof data clean
+.PHONY: help demo test lint types imports unit test-frameworks kinds test-cuda soak mutants bench bench-proof data docs clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,10 @@ test-frameworks: $(STAMP)  ## Lightning, Trainer and Accelerate (installs them)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[frameworks]'
 	$(BIN)/pytest tests/e2e/test_frameworks.py
 
+kinds: $(STAMP)  ## every common kind of script, end to end (installs the frameworks; about ten minutes)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[frameworks]'
+	$(BIN)/pytest -m kinds tests/e2e/test_kinds.py tests/e2e/test_resume.py
+
 test-cuda: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m cuda
 
@@ -55,5 +59,10 @@ bench-proof: $(STAMP)  ## how often the proof is wrong, on trials whose truth is
 data: $(STAMP)   ## fetch the real data sets some examples use
 	$(BIN)/python examples/get_data.py all
 
+docs: $(STAMP)   ## the documentation as a site, in site/ (installs its generator)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python scripts/site_pages.py build/site-pages
+	$(BIN)/zensical build --strict --clean
+
 clean:           ## remove what tests and runs left
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .upshift build src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache .upshift build site src/*.egg-info
