@@ -44,8 +44,9 @@ kinds: $(STAMP)  ## every common kind of script, end to end (installs the framew
 test-cuda: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m cuda
 
-soak: $(STAMP)   ## long simulations of the statistics
+soak: $(STAMP)   ## long simulations of the statistics, and a search by whole runs
 	$(BIN)/python benchmarks/proof_simulation.py
+	$(BIN)/pytest -m extra tests/e2e/test_objective.py
 
 mutants: $(STAMP) ## remove guards one by one; the tests must notice
 	$(BIN)/python scripts/mutants.py

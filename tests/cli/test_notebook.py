@@ -177,7 +177,7 @@ def shell():
 def test_a_cell_is_diagnosed_in_a_process_of_its_own(shell, here, capfd):
     shell.run_cell_magic("upshift", "diagnose --seconds 2s --no-probe", TRAIN.format(steps=400))
     shown = capfd.readouterr().out
-    assert "A step takes" in shown and "between forward and backward" in shown
+    assert "upshift diagnose  .upshift/notebook/cell-1.py" in shown and "backward" in shown
     assert (here / ".upshift" / "notebook" / "cell-1.py").exists()
 
 

@@ -102,7 +102,8 @@ def planned(tmp_path: Path, write, monkeypatch, losses) -> dict[str, str]:
     techniques = {"harmless": {}, "harmful": {}}
     plan = Plan(
         script="train.py", arguments=(), created="", device=device, verdict="",
-        fingerprint=fingerprint("train.py", (), device, techniques, files=("train.py",)), speedup=1.5,
+        fingerprint=fingerprint("train.py", (), device, techniques, files=("train.py",), packages=("planted 1",)),
+        speedup=1.5,
         kept=tuple(Kept(name=name, numerics="rounding") for name in techniques),
         proof=Proof(rung="trajectory", passed=True, reason="", steps=len(losses), band=band),
     )  # fmt: skip

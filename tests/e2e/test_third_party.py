@@ -15,6 +15,7 @@ from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept, Plan
 from upshift.records.runlog import fold
 from upshift.records.trial import Proof
+from upshift.techniques import registry
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "technique-package"
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -29,11 +30,14 @@ def install(site: Path, name: str, points: dict[str, str]) -> None:
     (info / "entry_points.txt").write_text(f"[upshift.techniques]\n{lines}")
 
 
+PROJECT = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+NAME = PROJECT["name"]
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """One in which the example package is installed as its pyproject.toml says."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    install(tmp_path / "site", project["name"], project["entry-points"]["upshift.techniques"])
+    install(tmp_path / "site", NAME, PROJECT["entry-points"]["upshift.techniques"])
     return {"PYTHONPATH": f"{tmp_path / 'site'}:{EXAMPLE / 'src'}"}
 
 
@@ -59,7 +63,7 @@ def test_run_applies_it(environment, tmp_path, write, monkeypatch):
     device = device_name("cpu")
     plan = Plan(
         script="train.py", arguments=(), created="", device=device, verdict="",
-        fingerprint=fingerprint("train.py", (), device, {"anomaly_off": {}}), speedup=1.5,
+        fingerprint=fingerprint("train.py", (), device, {"anomaly_off": {}}, packages=(f"{NAME} 1",)), speedup=1.5,
         kept=(Kept(name="anomaly_off", numerics="bitwise"),),
         proof=Proof(rung="bitwise", passed=True, reason="", steps=5),
     )  # fmt: skip
@@ -69,6 +73,12 @@ def test_run_applies_it(environment, tmp_path, write, monkeypatch):
     assert done.out.endswith("anomaly detection False\n")
     (folder,) = (tmp_path / ".upshift" / "runs").iterdir()
     assert any("anomaly detection is off" in event.text for event in fold(folder).events)
+
+
+def test_a_plan_names_the_packages_its_techniques_come_from(environment, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert registry.packages(["fused", "anomaly_off"]) == (f"{NAME} 1",)
+    assert registry.packages(["fused"]) == ()
 
 
 # -- broken ones -------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ from typing import Any
 
 import arms  # noqa: F401  (finds the simulated world)
 import fake_runner
+import msgspec
 import pytest
 from fake_runner import FakeChild, World
 from test_autopilot import make_technique, outcome_of, search, seen, world  # noqa: F401
 
 from upshift.records import LoaderFacts
+from upshift.search.candidates import CHANGES_TRAINING
 from upshift.sites import Numerics
 
 
@@ -129,7 +131,13 @@ def test_an_update_that_is_larger_is_not_kept_whatever_the_card_says(fast: World
 
 
 def test_another_training_is_never_kept_on_speed(fast: World) -> None:
-    outcome = search(fast, make_technique("cheat", numerics=Numerics.CHANGES_TRAINING))
+    cheat = make_technique("cheat", numerics=Numerics.CHANGES_TRAINING)
+    outcome = search(fast, cheat)
+    assert not outcome.kept and outcome.rejected[0].reason == CHANGES_TRAINING
+    # The card claims rounding, the settings tell otherwise.
+    cheat.card = msgspec.structs.replace(cheat.card, numerics=Numerics.ROUNDING)
+    cheat.numerics = lambda settings, facts: Numerics.CHANGES_TRAINING
+    outcome = search(fast, cheat)
     assert not outcome.kept and "only a metric" in outcome.verdict
 
 

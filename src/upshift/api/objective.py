@@ -15,9 +15,9 @@ from upshift.api.target import Say, Target
 from upshift.errors import UsageError
 from upshift.hardware.device import device_name
 from upshift.hook.process import HookRunner
-from upshift.records import Measurement, Plan, Trial, TuneReport, codec, planfile
+from upshift.records import Measurement, Plan, Trial, TuneReport, codec
 from upshift.records.fingerprint import fingerprint
-from upshift.records.plan import Kept, Rejected, Setting
+from upshift.records.plan import Fingerprint, Kept, Rejected, Setting
 from upshift.records.trial import Proof
 from upshift.records.verification import Verification
 from upshift.techniques import registry
@@ -90,13 +90,20 @@ class Search:
     allow_remote_writes: bool = False
 
 
+def mark(target: Target, techniques: ArmPlan, device: str, files: tuple[str, ...]) -> Fingerprint:
+    """What a plan of these techniques is measured on."""
+    return fingerprint(
+        target.name, target.arguments, device, techniques, files=files, module=target.module,
+        packages=registry.packages(techniques),
+    )  # fmt: skip
+
+
 def blank(
     target: Target, options: Options, techniques: Mapping[str, Mapping[str, Setting]], device: str,
     files: tuple[str, ...],
 ) -> Verification:  # fmt: skip
     """A verification of a plan before its first run."""
     plan = {name: dict(settings) for name, settings in techniques.items()}
-    mark = fingerprint(target.name, target.arguments, device, plan, files=files, module=target.module)
     return Verification(
         script=target.name,
         arguments=target.arguments,
@@ -104,7 +111,7 @@ def blank(
         metric=options.metric.name,
         mode=options.metric.mode,
         techniques=plan,
-        fingerprint=hashlib.sha256(codec.dumps(mark)).hexdigest(),
+        fingerprint=hashlib.sha256(codec.dumps(mark(target, plan, device, files))).hexdigest(),
         seeds=options.seeds,
         margin=0.0,
         margin_note="",
@@ -160,7 +167,9 @@ def seek(
     return TargetSearch(runner, spec, seen, wanted, empty, say, on_trial).run(start)
 
 
-def joined(report: TuneReport, plan: Plan, sought: Sought, objective: Objective) -> tuple[TuneReport, Plan]:
+def joined(
+    target: Target, report: TuneReport, plan: Plan, sought: Sought, objective: Objective
+) -> tuple[TuneReport, Plan]:
     """Report and plan with what whole runs said; the plan is theirs only where it changes the training."""
     verdict = " ".join(text for text in (sought.verdict, report.verdict) if text)
     report = replace(
@@ -192,9 +201,9 @@ def joined(report: TuneReport, plan: Plan, sought: Sought, objective: Objective)
         report, kept=tuple(item.name for item in kept), proof=proof, objective=objective.kind, verdict=verdict
     )
     techniques = {item.name: dict(item.settings) for item in kept}
-    mark = replace(plan.fingerprint, settings=planfile.settings_digest(techniques))
     plan = replace(
         plan, kept=kept, proof=proof, objective=objective.kind, to_target=found.target_speedup, verdict=verdict,
-        speedup=None, low=None, high=None, pairs=0, break_even_steps=None, fingerprint=mark,
+        speedup=None, low=None, high=None, pairs=0, break_even_steps=None,
+        fingerprint=mark(target, techniques, plan.device, plan.fingerprint.files),
     )  # fmt: skip
     return report, plan

@@ -13,13 +13,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, child, diagnose
-from upshift.api.objective import Objective, Search, cost_of, joined, seek
+from upshift.api.objective import Objective, Search, cost_of, joined, mark, seek
 from upshift.api.target import Say, Target
 from upshift.errors import RecordError, ScriptFailedError
 from upshift.hardware.device import device_name
 from upshift.hook.process import HookRunner
 from upshift.records import Finding, Plan, Trial, TuneReport, codec, planfile
-from upshift.records.fingerprint import fingerprint
 from upshift.records.planfile import slug
 from upshift.sites import Numerics
 from upshift.techniques import registry
@@ -196,7 +195,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         left = options.budget - (time.monotonic() - began) if options.budget else None
         search = Search(options.only, options.leave_out, options.untested, left, options.diagnose.allow_remote_writes)
         sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial)
-        report, plan = joined(report, plan, sought, goal)
+        report, plan = joined(target, report, plan, sought, goal)
     if goal.price is not None:
         gain = plan.speedup if plan.kept else None
         report = replace(report, cost=cost_of(measurement, gain, goal.price, time.monotonic() - began))
@@ -261,7 +260,7 @@ def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ..
         created=report.created,
         device=device,
         verdict=report.verdict,
-        fingerprint=fingerprint(target.name, target.arguments, device, techniques, files=files, module=target.module),
+        fingerprint=mark(target, techniques, device, files),
         speedup=final.ratio if final is not None and kept else None,
         low=final.low if final is not None and kept else None,
         high=final.high if final is not None and kept else None,

@@ -118,8 +118,9 @@ def check_tuning(target: str, module: bool, wanted: Wanted, *, launcher: bool) -
 
 def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device: str) -> Chosen:
     now = fingerprint(
-        spec.target, spec.arguments, device, plan.techniques, files=plan.fingerprint.files, module=spec.module
-    )
+        spec.target, spec.arguments, device, plan.techniques, files=plan.fingerprint.files, module=spec.module,
+        packages=registry.packages(plan.techniques),
+    )  # fmt: skip
     notes: list[str] = []
     stale = changes(plan, now)
     if stale and not wanted.allow_stale:

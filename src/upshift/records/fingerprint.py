@@ -82,6 +82,10 @@ def _content(folder: Path, name: str) -> bytes:
         return b"missing"
 
 
+def _versions() -> tuple[str, ...]:
+    return f"torch {_version('torch')}", f"numpy {_version('numpy')}", f"python {platform.python_version()}"
+
+
 def fingerprint(
     script: str,
     arguments: Sequence[str],
@@ -90,11 +94,13 @@ def fingerprint(
     *,
     files: Sequence[str] = (),
     module: bool = False,
+    packages: Sequence[str] = (),
 ) -> Fingerprint:
     """The fingerprint of a plan for `script` as it is now.
 
     Args:
         files: modules beside the script that it imports, relative to its folder.
+        packages: name and version of the packages other than upshift that the techniques come from.
     """
     path = _script_path(script, module)
     content = b"" if path is None else _content(path.parent, path.name)
@@ -105,7 +111,7 @@ def fingerprint(
         sources=_digest(sources),
         arguments=" ".join(shaping(arguments)),
         device=device,
-        versions=f"torch {_version('torch')}, numpy {_version('numpy')}, python {platform.python_version()}",
+        versions=", ".join((*_versions(), *packages)),
         files=tuple(files),
         settings=settings_digest(techniques),
     )

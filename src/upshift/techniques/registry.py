@@ -6,6 +6,7 @@ Third parties add theirs with the entry point group `upshift.techniques` (name -
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
@@ -74,6 +75,19 @@ def names() -> tuple[str, ...]:
     """All names, built-in ones first."""
     extra = sorted(point.name for point in entry_points(group=GROUP))
     return (*BUILT_IN, *(name for name in extra if name not in BUILT_IN))
+
+
+def packages(chosen: Iterable[str]) -> tuple[str, ...]:
+    """`name version` of every package other than upshift that one of these techniques comes from."""
+    others = set(chosen) - set(BUILT_IN)
+    if not others:
+        return ()
+    found = {
+        f"{point.dist.name} {point.dist.version}"
+        for point in entry_points(group="upshift.techniques")
+        if point.name in others and point.dist is not None
+    }
+    return tuple(sorted(found))
 
 
 def all_techniques() -> tuple[Technique, ...]:

@@ -1,0 +1,65 @@
+"""`upshift tune --objective time-to-target`: another training, decided by whole runs of a real script."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import upshift
+
+from upshift.api import load
+
+# Every step costs 20 ms, however large the batch: a larger one makes fewer steps of the same data.
+SCRIPT = """
+import time, torch
+from torch.utils.data import DataLoader, TensorDataset
+torch.manual_seed(0)
+x = torch.randn(768, 16)
+y = (x[:, :4].sum(1) > 0).long()
+loader = DataLoader(TensorDataset(x[:512], y[:512]), batch_size=16, shuffle=True)
+model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for epoch in range(8):
+    model.train()
+    for a, b in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(a), b).backward()
+        optimizer.step()
+        time.sleep(0.02)
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(x[512:]).argmax(1) == y[512:]).float().mean().item()
+    print(f"epoch {epoch} accuracy {accuracy:.4f}", flush=True)
+"""
+
+ASKED = ("--objective", "time-to-target", "--metric", "accuracy:max", "--target", "0.9", "--margin", "0.05")
+
+
+@pytest.mark.extra
+@pytest.mark.timeout(900)
+def test_a_larger_batch_is_found_and_the_plan_is_used(tmp_path, write):
+    write("train.py", SCRIPT)
+    tuned = upshift("tune", *ASKED, "--only", "larger_batch", "train.py", cwd=tmp_path)
+    assert tuned.code == 0, tuned.err
+    (plan,) = load(tmp_path / "train.upshift.toml").values()
+    assert list(plan.techniques) == ["larger_batch"], tuned.err
+    assert plan.objective == "time-to-target" and plan.proof.rung == "metric" and plan.speedup is None
+    assert plan.to_target.low > 1.0 and plan.to_target.n == 3
+    assert "Target " in tuned.err and "another training (larger_batch)" in " ".join(tuned.err.split())
+    ran = upshift("run", "train.py", cwd=tmp_path)
+    assert "target" in ran.err and "another training, proof 'metric'" in ran.err
+    assert len(ran.out.splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (("--objective", "time-to-target"), "--metric accuracy:max --target"),
+        (("--objective", "cost"), "--price"),
+        (("--objective", "cost", "--price", "2", "--metric", "accuracy:max"), "Name both"),
+        (("--metric", "accuracy:max"), "upshift verify --metric"),
+        (("--fit", "8"), "write 8GiB"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_runs(tmp_path, write, options, remedy):
+    write("train.py", "raise SystemExit('never run')")
+    ended = upshift("tune", *options, "train.py", cwd=tmp_path)
+    assert ended.code == 2 and remedy in ended.err and "never run" not in ended.err
