@@ -154,11 +154,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 class Bench:
     """The four measurements. `quick` makes each trial once, shorter, and leaves out sizes and lengths in between."""
 
-    def __init__(self, quick: bool, minutes: float, seed: int, repeats: int | None = None) -> None:
+    def __init__(self, quick: bool, minutes: float, seed: int, repeats: int | None = None, sizes: str = "") -> None:
         self.runner = HookRunner()
         self.minutes = minutes
         self.seed = seed
         self.repeats = repeats or (1 if quick else 5)
+        self.sizes = sizes or ("ends" if quick else "all")
         self.seconds = 6.0 if quick else 20.0
         self.fault_seconds = 4.0 if quick else 10.0
 
@@ -251,7 +252,11 @@ class Bench:
         harms = [
             (harm, size)
             for harm in HARMS
-            for size in (harm.sizes if self.repeats > 1 else sorted({harm.sizes[0], harm.sizes[-1]}))
+            for size in {
+                "all": harm.sizes,
+                "ends": sorted({harm.sizes[0], harm.sizes[-1]}),
+                "largest": harm.sizes[-1:],
+            }[self.sizes]
         ]
         trials: list[list[Truth]] = [[] for _ in harms]
         try:
@@ -305,11 +310,14 @@ def main() -> None:
     parser.add_argument("--only", default="identical,gains,wins,faults", help="comma-separated parts")
     parser.add_argument("--minutes", type=float, help="time for identical arms (default 20; 2 with --quick)")
     parser.add_argument("--repeats", type=int, help="trials of each gain, win and fault (default 5; 1 with --quick)")
+    parser.add_argument(
+        "--sizes", choices=["all", "ends", "largest"], help="of each fault (default all; ends with --quick)"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--into", type=Path, help="append the tables to this file")
     options = parser.parse_args()
     minutes = options.minutes or (2.0 if options.quick else 20.0)
-    bench = Bench(options.quick, minutes, options.seed, options.repeats)
+    bench = Bench(options.quick, minutes, options.seed, options.repeats, options.sizes)
     parts: dict[str, Callable[[], str]] = {
         "identical": bench.identical, "gains": bench.gains, "wins": bench.wins, "faults": bench.faults,
     }  # fmt: skip

@@ -196,6 +196,9 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         search = Search(options.only, options.leave_out, options.untested, left, options.diagnose.allow_remote_writes)
         sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial)
         report, plan = joined(target, report, plan, sought, goal)
+        taken = time.monotonic() - began
+        report = replace(report, seconds=taken, budget=options.budget or taken)
+        plan = replace(plan, search_seconds=taken)
     if goal.price is not None:
         gain = plan.speedup if plan.kept else None
         report = replace(report, cost=cost_of(measurement, gain, goal.price, time.monotonic() - began))
