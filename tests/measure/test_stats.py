@@ -288,6 +288,22 @@ def test_noise_that_happens_to_agree_is_no_gain(quads: int) -> None:
     assert wrong <= 30  # 1 % of 2,000, and 99 % of what chance adds
 
 
+def test_a_busy_machine_needs_more_quads() -> None:
+    rng = random.Random(7)
+    quiet, busy = Sequential(10.0), Sequential(10.0)
+    for i in range(1, 13):
+        quiet.add(0.5 + rng.gauss(0, 0.02), 9.9 * i / 12)
+        busy.add(4.0 + rng.gauss(0, 1.0), 9.9 * i / 12)
+    assert quiet.decision == "faster"
+    assert busy.finish() == "no change"
+    found = busy.pairing()
+    assert found is not None and found.low <= 1.0 <= found.high and "busy" in found.method
+    for i in range(200):
+        busy = busy if i else Sequential(10.0)
+        busy.add(4.0 + rng.gauss(0, 1.0), 9.9 * i / 200)
+    assert busy.finish() == "faster"
+
+
 @given(
     st.lists(st.integers(-1000, 1000), min_size=1, max_size=25, unique=True), st.sampled_from([0.01, 0.05])
 )  # fmt: skip

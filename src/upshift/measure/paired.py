@@ -11,7 +11,8 @@ ratios speaks instead. A gain that fades while it is measured counts as what is 
 
 Bounds: Student's t, and below 60 quads Wilcoxon's signed-rank bounds too (`ranks.py`), whichever is further out: a few
 quads that agree by chance look like a gain without scatter to the former. So seven quads are the least for a decision
-at 99 %.
+at 99 %. Where they scatter by more than 15 %, as many times more: on a busy machine one process may be at an advantage
+for seconds.
 
 Looks: `Sequential` decides while measuring. Looks come at geometrically spaced numbers of quads; each spends part of
 the error by the power family of Kim and DeMets (1987) on elapsed time (alpha * t^1.5), shares added up by
@@ -26,6 +27,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from upshift.measure import ranks
 from upshift.measure.stats import long_run_variance, normal_quantile, t_quantile
 from upshift.records.trial import Pairing
@@ -37,6 +40,8 @@ Decision = Literal["go on", "faster", "slower", "no change"]
 AT_LEAST = 1.01
 #: Quads that are waited for when the time is up: fewer hardly show anything.
 LEAST_QUADS = 8
+#: Scatter of a quad (log) up to which `LEAST_QUADS` can decide; beyond it, as many times more as the scatter is larger.
+QUIET = 0.15
 #: Share trimmed at each end.
 TRIM = 0.2
 #: Spread of a quad (log) below which no clock is believed.
@@ -176,6 +181,14 @@ def _record(found: Estimate, quads: int, tail: float, level: float, steps: tuple
     )
 
 
+def _undecided(found: Pairing) -> Pairing:
+    """Figures that rest on too few quads for their scatter exclude nothing."""
+    return msgspec.structs.replace(
+        found, low=min(found.low, 1.0), high=max(found.high, 1.0),
+        method=f"{found.method}, too few quads for such scatter: the machine is busy",
+    )  # fmt: skip
+
+
 def _exp(value: float) -> float:
     """exp, held inside what JSON can carry."""
     return math.exp(max(-50.0, min(50.0, value)))
@@ -256,6 +269,14 @@ class Sequential:
         """Whether measuring ends after so many seconds: at `max_seconds`, or up to twice that for the least quads."""
         return elapsed >= self.max_seconds * (1.0 if len(self.quads) >= LEAST_QUADS else 2.0)
 
+    def least(self) -> int:
+        """Quads a decision needs: more where they scatter more, whatever their middle is."""
+        if len(self.quads) < 4:
+            return LEAST_QUADS
+        middle = median(self.quads)
+        scatter = 1.4826 * median(abs(value - middle) for value in self.quads)
+        return math.ceil(LEAST_QUADS * scatter / QUIET) if scatter > QUIET else 0
+
     def finish(self) -> Decision:
         """The last look, with all error that is left: what is not shown by now is `no change`."""
         if self.decision == "go on":
@@ -272,8 +293,13 @@ class Sequential:
             return
         if not last and 2.0 ** -len(self.quads) > share:
             return  # no pattern of so few quads could decide: the error is kept for a look that can
+        if not last and len(self.quads) < self.least():
+            return  # so busy a machine favours one process for seconds: more turns, over more time, must agree
         self._spent = spent
         self._look = _record(estimate(self.quads), len(self.quads), share, self.level, (0.0, 0.0), ", repeated looks")
+        if len(self.quads) < self.least():
+            self._look = _undecided(self._look)
+            return
         if self._look.low > self.at_least:
             self.decision = "faster"
         elif self._look.high < 1.0:
@@ -288,6 +314,4 @@ class Sequential:
         """
         if self._look is None:
             return None
-        import msgspec
-
         return msgspec.structs.replace(self._look, reference_step=steps[0], candidate_step=steps[1])
