@@ -41,7 +41,17 @@ PLANS = "tests/hostile/test_false_wins_plans.py"
 ACCEPT = "tests/search/test_accept.py"
 AUTOPILOT = "tests/search/test_autopilot.py"
 
+LATE = "tests/search/test_late.py"
+STATS = "tests/measure/test_stats.py"
+
 MUTANTS = (
+    # The late step and the timing of few quads
+    Mutant("search/late.py", "problem = apart(r, c, limits)", 'problem = ""', LATE),
+    Mutant("search/late.py", "if drawn != planned:", "if False:", LATE),
+    Mutant("measure/paired.py", "if 0 < len(self.middle_of) <= ranks.ENOUGH:", "if False:",
+           f"{STATS}::test_noise_that_happens_to_agree_is_no_gain"),
+    Mutant("measure/paired.py", "return math.ceil(LEAST_QUADS * scatter / QUIET) if scatter > QUIET else 0", "return 0",
+           f"{STATS}::test_a_busy_machine_needs_more_quads"),
     # The acceptance rule
     Mutant("search/accept.py", "if not losses_seen:", "if False:", f"{ACCEPT}::test_never_passes_without_evidence"),
     Mutant("search/accept.py", "if not check.passed]", "if False]", f"{ACCEPT}::test_what_is_rejected"),

@@ -137,6 +137,8 @@ class FakeChild:
             self.queue.append({"kind": "ended", "how": "ended by itself", "code": 0, "steps": world.length})
         elif kind == "compare":
             self.queue.append(self._compare(message))
+        elif kind == "state":
+            self.queue.append({"kind": "state", "problem": "a simulation has no state"})
         elif kind == "digest":
             exact = all(not world.rounding.get(name) and not world.lag.get(name) for name in self.plan)
             self.queue.append({"kind": "digest", "sha256": "same" if exact else str(world.random.random())})

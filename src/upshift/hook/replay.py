@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from upshift.hook.dropout import dropout_off
 from upshift.hook.snapshots import sampled
-from upshift.hook.trial import dropout_off
 from upshift.measure.inrun import Replayed
 from upshift.sites import Card, ModelSeen, Moment, Numerics
 from upshift.sites.protocol import BaseApplied

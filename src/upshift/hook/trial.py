@@ -4,6 +4,8 @@
     {"kind": "plan", "name": t, "settings": {}} put technique t in effect (settings null: take it off for good)
     {"kind": "compare", "a": [...], "b": [...], "seconds": s, ...}   alternate two sets of live techniques
     {"kind": "digest"}                          hash of all parameters
+    {"kind": "state", "save" or "load": path}   write the state of the training, or take one over
+    {"kind": "late", "path": npz}               keep the gradients and updates of the next step, without dropout
     {"kind": "finish"}                          answer with what had no effect; the parent ends the process
 
 The process is never unwound: after `finish` it waits to be killed, so no `finally` or bare `except` of the script
@@ -26,7 +28,8 @@ from upshift.hook.alternation import Alternation
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.drain import drain
-from upshift.hook.patch import Patches
+from upshift.hook.dropout import dropout_off
+from upshift.hook.latestep import LateStep, load, save
 from upshift.hook.snapshots import Snapshots
 from upshift.measure.steps import StepRecord, evaluates_apart, loss_values, training_seconds
 from upshift.sites.runner import ChildSpec
@@ -50,6 +53,7 @@ class TrialController(Controller):
         self.notes: list[tuple[str, str, str]] = []
         self.snapshots: Snapshots | None = None
         self.dropout_on: Callable[[], None] = lambda: None
+        self.late: LateStep | None = None
 
     def torch_ready(self, torch: ModuleType) -> None:
         """Prepare snapshots of the updates, and switch dropout off for them."""
@@ -73,6 +77,9 @@ class TrialController(Controller):
         if self._block_ends(record):
             # Later the device is read from, or idle: what is queued now is part of these steps.
             record = record._replace(total=record.total + drain(self.torch, self.watch))
+        if self.late is not None:
+            self.late.finish()
+            self.late = None
         if self.snapshots is not None:
             self.snapshots.after_step(record.number + 1)
             if record.number + 1 == DROPOUT_OFF:
@@ -142,6 +149,20 @@ class TrialController(Controller):
                 return
             elif kind == "digest":
                 self._tell({"kind": "digest", "sha256": self.digest()})
+            elif kind == "state":
+                self._tell({"kind": "state", "problem": self._state(message)})
+            elif kind == "late":
+                self.late = LateStep(self.watch, message["path"], lambda masks: dropout_off(self.torch, masks))
+                self._tell({"kind": "done"})
+
+    def _state(self, message: dict[str, Any]) -> str:
+        """Write the state of the training, or take one over. Returns why not."""
+        try:
+            if "save" in message:
+                return save(self.torch, self.watch, message["save"])
+            return load(self.torch, self.watch, message["load"])
+        except Exception as error:
+            return describe(error)
 
     def _set(self, name: str, settings: dict[str, Any] | None) -> None:
         from upshift.techniques import registry
@@ -220,46 +241,3 @@ class TrialController(Controller):
         found = None if pairing is None else msgspec.to_builtins(pairing)
         self._tell({"kind": "compared", "decision": decision, "pairing": found})
         return False
-
-
-def dropout_off(torch: Any) -> Callable[[], None]:
-    """Make dropout the identity, so that the updates of two arms can be compared (masks depend on the layout).
-
-    Returns what switches it on again.
-    """
-    patches = Patches()
-    functional = torch.nn.functional
-    state = {"off": True}
-
-    def switched(original: Any) -> Any:
-        # A script may keep the function under a name of its own: it must be itself again later.
-        def maybe(input: Any, *args: Any, **kwargs: Any) -> Any:
-            return input if state["off"] else original(input, *args, **kwargs)
-
-        return maybe
-
-    for name in (
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-    ):
-        if hasattr(functional, name):
-            patches.set(functional, name, switched(getattr(functional, name)))
-    attention = functional.scaled_dot_product_attention
-
-    def without_dropout(
-        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
-    ) -> Any:
-        p = 0.0 if state["off"] else dropout_p
-        return attention(query, key, value, attn_mask, p, *args, **kwargs)
-
-    patches.set(functional, "scaled_dot_product_attention", without_dropout)
-
-    def on_again() -> None:
-        state["off"] = False
-        patches.close()
-
-    return on_again

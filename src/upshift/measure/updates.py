@@ -106,6 +106,87 @@ LEAK = 0.03
 DEAD = 0.02
 
 
+class _Measures(NamedTuple):
+    """See the module; `dead` are the names of parameters the candidate alone leaves where they are."""
+
+    error: float
+    cosine: float
+    norm: float
+    worst: str
+    worst_cosine: float
+    dead: list[str]
+
+    def within(self, limits: Limits) -> bool:
+        return (
+            self.error <= limits.error
+            and self.cosine >= limits.cosine
+            and self.worst_cosine >= limits.worst
+            and 1.0 / (1.0 + limits.norm) <= self.norm <= 1.0 + limits.norm
+            and not self.dead
+        )
+
+
+def _cosine(a: Any, b: Any) -> float:
+    length = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / length if length > 0.0 else 0.0
+
+
+def _main(power: Mapping[str, float], total: float) -> list[str]:
+    """The largest that together carry `MAIN` of the whole."""
+    main: list[str] = []
+    for name in sorted(power, key=lambda item: -power[item]):
+        main.append(name)
+        if math.fsum(power[item] for item in main) >= MAIN * total:
+            break
+    return main
+
+
+def _measure(r: Mapping[str, Any], c: Mapping[str, Any], power: Mapping[str, float], main: Sequence[str]) -> _Measures:
+    rr = math.fsum(power[name] for name in main)
+    cc = math.fsum(float(c[name] @ c[name]) for name in main)
+    rc = math.fsum(float(r[name] @ c[name]) for name in main)
+    error = math.sqrt(math.fsum(float(((c[name] - r[name]) ** 2).sum()) for name in main) / rr)
+    worst = min(main, key=lambda name: _cosine(r[name], c[name]))
+    typical = math.fsum(power.values()) / sum(value.size for value in r.values())
+    dead = [
+        name
+        for name, value in r.items()
+        if power[name] >= 1e-4 * typical * value.size and float(c[name] @ c[name]) < DEAD**2 * power[name]
+    ]
+    cosine = rc / math.sqrt(rr * cc) if cc > 0.0 else 0.0
+    return _Measures(error, cosine, math.sqrt(cc / rr), worst, _cosine(r[worst], c[worst]), dead)
+
+
+def apart(reference: Mapping[str, Array], candidate: Mapping[str, Array], limits: Limits) -> str:
+    """Why two sets of gradients or updates of one and the same step are not alike, or the empty string.
+
+    Args:
+        reference, candidate: name -> values, any shape, float32, alike in both.
+    """
+    import numpy as np
+
+    r, c = ({k: np.asarray(v, dtype=np.float64).ravel() for k, v in arm.items()} for arm in (reference, candidate))
+    unlike = sorted(r.keys() ^ c.keys()) or sorted(name for name in r if r[name].shape != c[name].shape)
+    if unlike:
+        return f"{unlike[0]} is not alike in both arms"
+    broken = [name for name, value in c.items() if np.isfinite(r[name]).all() and not np.isfinite(value).all()]
+    if broken:
+        return f"{broken[0]} is not finite"
+    power = {name: float(value @ value) for name, value in r.items()}
+    total = math.fsum(power.values())
+    if not math.isfinite(total) or total == 0.0:
+        return ""  # the reference itself says nothing here
+    found = _measure(r, c, power, _main(power, total))
+    if found.within(limits):
+        return ""
+    if found.dead:
+        return f"{found.dead[0]} gets none"
+    return (
+        f"cosine {found.cosine:.4f}, norm ratio {found.norm:.4f}, error {found.error:.2g}, worst in {found.worst} "
+        f"({found.worst_cosine:.4f})"
+    )
+
+
 def check_updates(
     step: int,
     reference: Mapping[str, Array],
@@ -152,30 +233,10 @@ def check_updates(
             return _failed(step, f"{moved[0]} (moved by the candidate alone)")
         return UpdateCheck(step, 1.0, 1.0, 0.0, None, worst=NOTHING_MOVED, passed=True)
 
-    main: list[str] = []
-    for name in sorted(power, key=lambda item: -power[item]):
-        main.append(name)
-        if math.fsum(power[item] for item in main) >= MAIN * total:
-            break
+    main = _main(power, total)
     rr = math.fsum(power[name] for name in main)
-    cc = math.fsum(float(c[name] @ c[name]) for name in main)
-    rc = math.fsum(float(r[name] @ c[name]) for name in main)
-    error = math.sqrt(math.fsum(float(((c[name] - r[name]) ** 2).sum()) for name in main) / rr)
-    cosine = rc / math.sqrt(rr * cc) if cc > 0.0 else 0.0
-    norm = math.sqrt(cc / rr)
-
-    def cosine_of(name: str) -> float:
-        length = math.sqrt(power[name] * float(c[name] @ c[name]))
-        return float(r[name] @ c[name]) / length if length > 0.0 else 0.0
-
-    worst = min(main, key=cosine_of)
-    worst_cosine = cosine_of(worst)
-    typical = total / sum(value.size for value in r.values())
-    dead = [
-        name
-        for name, value in r.items()
-        if power[name] >= 1e-4 * typical * value.size and float(c[name] @ c[name]) < DEAD**2 * power[name]
-    ]
+    measures = _measure(r, c, power, main)
+    error, cosine, norm, worst, worst_cosine, dead = measures
     noise = None
     if other_batch is not None:
         other = flat(other_batch)
@@ -195,15 +256,9 @@ def check_updates(
         if stage == "second" and first:
             times, plus = GROWTH[dtype_hint]
             allowed = min(allowed, times * first[0].relative_error + plus)
-        passed = (
-            error <= allowed
-            and cosine >= limits.cosine
-            and worst_cosine >= limits.worst
-            and 1.0 / (1.0 + factor) <= norm <= 1.0 + factor
-            and not dead
-        )
+        passed = measures.within(Limits(allowed, limits.cosine, limits.worst, factor))
     if dead:
-        worst, worst_cosine = dead[0], cosine_of(dead[0])
+        worst, worst_cosine = dead[0], _cosine(r[dead[0]], c[dead[0]])
     return UpdateCheck(
         step=step,
         cosine=cosine,

@@ -23,6 +23,7 @@ from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.alike import parted
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
+from upshift.search.late import late_step
 from upshift.search.screening import compare_live, one_off_seconds, with_epochs, within_reach
 from upshift.sites import Numerics
 
@@ -151,6 +152,9 @@ def confirm(
             if decision == "faster" and pairing.low <= 1.01:
                 decision = "no change"
         proof = judge(duel, a, b, numerics=numerics, checks=checks, paired=paired, has_dropout=has_dropout, ended=ended)
+        if proof.passed and numerics is Numerics.ROUNDING and proof.rung != "bitwise" and not (ended or rescaled):
+            say("confirmation: one late step from the same state")
+            proof = after_late_step(proof, late_step(duel, a, b, precision))
         proof = with_band(proof, several=max(a.optimizers, b.optimizers) > 1, rescaled=rescaled, dropout=has_dropout)
         attribution: dict[str, Pairing] = {}
         if decision == "faster" and proof.passed and not ended and attribute_seconds > 0:
@@ -168,6 +172,11 @@ def confirm(
         )
     finally:
         duel.close()
+
+
+def after_late_step(proof: Proof, problem: str) -> Proof:
+    """The proof, or its rejection where a step late in training went wrong."""
+    return msgspec.structs.replace(proof, rung="none", passed=False, reason=problem) if problem else proof
 
 
 def with_band(proof: Proof, *, several: bool, rescaled: bool, dropout: bool) -> Proof:
