@@ -38,7 +38,7 @@ LIVE_SHARE, PROCESS_SHARE, CONFIRM_SHARE, ATTRIBUTION_SHARE = 0.25, 0.30, 0.30, 
 LIVE_SECONDS, PREPARING = 4.0, 25.0
 
 #: A predicted speed-up from which a process trial comes first, however cheap the live ones are.
-MUCH = 1.5
+MUCH = 2.0
 
 #: A ratio from which a trial that could not tell is worth the rest of the time.
 PROMISING = 1.03
