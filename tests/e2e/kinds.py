@@ -74,7 +74,7 @@ KINDS = {
     "sampler_collate": Kind("sampler_collate.py", 27, CACHE, (*ALONE, "no effect cache")),
     "tied_weights": Kind("tied_weights.py", 24, ALLOCATOR, ALONE),
     "module_hooks": Kind("module_hooks.py", 24, ALLOCATOR, ALONE),
-    "pickled": Kind("pickled.py", 24, LOADER, WORKERS, files=("checkpoint.pt", "model.pt"), always=("run",)),
+    "pickled": Kind("pickled.py", 24, LOADER, WORKERS, files=("checkpoint.pt", "model.pt")),
     "resumable": Kind("resumable.py", 48, CACHE, CACHED),
     "timm_style": Kind("timm_style.py", 24, LOADER, WORKERS, arguments=("-c", str(FOLDER / "timm_style.yaml")),
                        files=("output/*/last.pth.tar",), metric="test Acc@1:max", always=("run", "diagnose")),

@@ -50,7 +50,10 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
 
 @pytest.mark.parametrize(
     ("plan", "bitwise"),
-    [pytest.param(FAST, False, id="rounding"), pytest.param(CACHE, True, id="bitwise", marks=pytest.mark.extra)],
+    [
+        pytest.param(FAST, False, id="rounding", marks=pytest.mark.extra),
+        pytest.param(CACHE, True, id="bitwise", marks=pytest.mark.extra),
+    ],
 )
 @pytest.mark.kinds
 def test_either_way(tmp_path: Path, stock: tuple[Path, list[float]], plan: dict, bitwise: bool) -> None:
