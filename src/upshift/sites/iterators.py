@@ -18,6 +18,20 @@ def taken(loader: Any) -> bool:
     return "_get_iterator" in vars(loader)
 
 
+def unsuited(collate: Any, batched: bool) -> str:
+    """Why the batches of a fetcher are not what stacking the rows of tensors gives, or the empty string."""
+    import torch
+    from torch.utils.data import default_collate
+
+    if not batched:
+        return "it is not batched by the loader (batch_size=None)"
+    if collate is not default_collate:
+        return "it has a collate function of its own"
+    if torch.get_default_device().type != "cpu":
+        return "the default device is not the CPU"
+    return ""
+
+
 def _stock_getter(loader: Any) -> Any:
     return types.MethodType(type(loader)._get_iterator, loader)
 

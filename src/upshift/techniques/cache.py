@@ -37,7 +37,7 @@ from upshift.measure.determinism import PROOF_READS, prove, read
 from upshift.measure.samples import Rows, Unfit, batch_leaves, checker, memory_free, same_bits
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
-from upshift.sites.iterators import IteratorHook, taken
+from upshift.sites.iterators import IteratorHook, taken, unsuited
 from upshift.sites.moments import LoaderReady, Moment
 from upshift.sites.protocol import BaseApplied, Card, NoEffect, Numerics, SettingSpec, Verdict
 
@@ -245,25 +245,12 @@ def _exchange(iterator: Any, store: Store) -> None:
     stock = getattr(iterator, "_dataset_fetcher", None)
     if store.rows is None or type(stock) is not _MapDatasetFetcher:
         return
-    if changed := _unsuited(stock.collate_fn, stock.auto_collation):
+    if changed := unsuited(stock.collate_fn, stock.auto_collation):
         store.drop(changed)
     elif changed := store.changed(stock.dataset):
         store.drop(f"the dataset changed between epochs ({changed})")
     else:
         iterator._dataset_fetcher = Fetcher(stock, store)
-
-
-def _unsuited(collate: Any, batched: bool) -> str:
-    import torch
-    from torch.utils.data import default_collate
-
-    if not batched:
-        return "it is not batched by the loader (batch_size=None)"
-    if collate is not default_collate:
-        return "it has a collate function of its own"
-    if torch.get_default_device().type != "cpu":
-        return "the default device is not the CPU"
-    return ""
 
 
 def refusal(loader: Any) -> str:
@@ -276,7 +263,7 @@ def refusal(loader: Any) -> str:
         return f"it reads in {loader.num_workers} worker processes; the cache serves loaders with num_workers=0"
     if taken(loader):
         return "something else already stands in for its iterators"
-    return _unsuited(loader.collate_fn, loader._auto_collation)
+    return unsuited(loader.collate_fn, loader._auto_collation)
 
 
 #: id(dataset) -> its weak reference and its store: a loader built anew each epoch finds what the last one filled.

@@ -22,7 +22,7 @@ from upshift import units
 from upshift.measure.constancy import difference, fingerprint
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
-from upshift.sites.iterators import IteratorHook, taken
+from upshift.sites.iterators import IteratorHook, taken, unsuited
 from upshift.sites.moments import LoaderReady, Moment
 from upshift.sites.protocol import BaseApplied, Card, NoEffect, Numerics, SettingSpec, Verdict
 from upshift.sites.twins import movable, twin
@@ -264,20 +264,6 @@ class DeviceDatasetApplied(BaseApplied):
         self._resident.drop(_CLOSED)
         for key in [key for key, value in _RESIDENTS.items() if value is self._resident]:
             del _RESIDENTS[key]
-
-
-def unsuited(collate: Any, batched: bool) -> str:
-    """Why batches are not what a gather gives, or the empty string."""
-    import torch
-    from torch.utils.data import default_collate
-
-    if not batched:
-        return "it is not batched by the loader (batch_size=None)"
-    if collate is not default_collate:
-        return "it has a collate function of its own"
-    if torch.get_default_device().type != "cpu":
-        return "the default device is not the CPU"
-    return ""
 
 
 def refusal(loader: Any) -> str:
