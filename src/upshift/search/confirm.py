@@ -23,7 +23,7 @@ from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.alike import parted
 from upshift.search.duel import Arm, ArmPlan, Duel, Ended
-from upshift.search.late import late_step
+from upshift.search.late import Late, late_step
 from upshift.search.screening import compare_live, one_off_seconds, with_epochs, within_reach
 from upshift.sites import Numerics
 
@@ -174,9 +174,14 @@ def confirm(
         duel.close()
 
 
-def after_late_step(proof: Proof, problem: str) -> Proof:
-    """The proof, or its rejection where a step late in training went wrong."""
-    return msgspec.structs.replace(proof, rung="none", passed=False, reason=problem) if problem else proof
+def after_late_step(proof: Proof, late: Late) -> Proof:
+    """The proof; rejected where a step late in training went wrong, labelled where none was made."""
+    if late.problem:
+        return msgspec.structs.replace(proof, rung="none", passed=False, reason=late.problem)
+    if late.unseen:
+        weaker = "; ".join(text for text in (proof.weaker, f"no late step was compared: {late.unseen}") if text)
+        return msgspec.structs.replace(proof, weaker=weaker)
+    return proof
 
 
 def with_band(proof: Proof, *, several: bool, rescaled: bool, dropout: bool) -> Proof:
