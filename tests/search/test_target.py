@@ -170,6 +170,20 @@ def test_a_target_that_only_the_plan_reaches(world):
     assert "in 3 runs, the untouched script in 0" in found.verdict
 
 
+def test_one_run_more_that_reaches_the_target_is_luck(world):
+    world.end[""], world.end["better"] = 0.9168, 0.95
+    # The sine of the seed decides whether the untouched script ends above or below the target.
+    found = seek(world, technique("better"), target=0.9, seeds=4)
+    assert found.verification is not None and 0 < found.verification.reached[0] < found.verification.reached[1] == 4
+    assert found.plan == {} and "reached in" in found.verdict and "4 planned runs of 4" in found.verdict
+
+
+def test_two_seeds_cannot_show_a_target_that_only_the_plan_reaches(world):
+    world.end[""], world.end["better"] = 0.89, 0.95
+    found = seek(world, technique("better"), seeds=2)
+    assert found.plan == {} and found.verification.reached == (0, 2)  # type: ignore[union-attr]
+
+
 def test_what_crashes_conflicts_or_does_nothing_says_so(world):
     world.pace["quick"] = 5.0
     world.crash.add("quick+broken")
