@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TRAIN, upshift
 
-from upshift.api import notebook
+from upshift.api import Target, notebook
 from upshift.api.cells import plain_python
 from upshift.errors import UpshiftError, UsageError
 
@@ -139,6 +139,13 @@ def test_a_command_takes_a_notebook(here, write):
     )
     missing = upshift("diagnose", "gone.ipynb", cwd=here)
     assert missing.code == 2 and "gone.ipynb cannot be read" in missing.said[0]
+
+
+def test_from_python_a_notebook_is_not_taken_for_a_script(here):
+    write_notebook(here / "n.ipynb", code("print(1)"))
+    with pytest.raises(UsageError, match="is a notebook"):
+        Target("n.ipynb").check()
+    assert Target(str(notebook.convert(Path("n.ipynb")).script)).check()
 
 
 # -- the cell magic ----------------------------------------------------------------------------------------------------

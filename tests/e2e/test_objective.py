@@ -49,6 +49,14 @@ def test_a_larger_batch_is_found_and_the_plan_is_used(tmp_path, write):
     assert len(ran.out.splitlines()) == 14
 
 
+@pytest.mark.extra
+def test_a_whole_run_that_fails_leaves_the_plan_of_the_search_by_step_time(tmp_path, write):
+    write("train.py", SCRIPT.replace("accuracy {", "hits {").replace("range(14)", "range(2)"))
+    ended = upshift("tune", *ASKED, "--only", "fused", "--budget", "2m", "train.py", cwd=tmp_path)
+    assert ended.code == 2 and "accuracy" in "".join(ended.said)
+    assert (tmp_path / "train.upshift.toml").exists() and (tmp_path / ".upshift/reports/train.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
@@ -63,3 +71,11 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, write, options, 
     write("train.py", "raise SystemExit('never run')")
     ended = upshift("tune", *options, "train.py", cwd=tmp_path)
     assert ended.code == 2 and remedy in ended.err and "never run" not in ended.err
+
+
+def test_a_direction_nobody_gave_is_asked_for_before_anything_runs(tmp_path, write):
+    write("train.py", "raise SystemExit('never run')")
+    ended = upshift(
+        "tune", "--objective", "time-to-target", "--metric", "wobble", "--target", "3", "train.py", cwd=tmp_path
+    )
+    assert ended.code == 2 and "NAME:max" in ended.err and "never run" not in ended.err

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,12 +10,12 @@ from msgspec.structs import replace
 
 from upshift.api.diagnosis import DiagnoseOptions, child
 from upshift.api.target import Say, Target
+from upshift.api.verifying import blank
 from upshift.errors import UsageError
 from upshift.hardware.device import device_name
 from upshift.hook.process import HookRunner
-from upshift.records import Measurement, Plan, Trial, TuneReport, codec
-from upshift.records.fingerprint import fingerprint
-from upshift.records.plan import Fingerprint, Kept, Rejected, Setting
+from upshift.records import Measurement, Plan, Trial, TuneReport
+from upshift.records.plan import Kept, Rejected
 from upshift.records.trial import Proof
 from upshift.records.verification import Verification
 from upshift.techniques import registry
@@ -48,7 +46,7 @@ class Objective:
         return self.kind != "step" and bool(self.metric)
 
     def check(self) -> None:
-        """Raises UsageError where something is missing or would be ignored."""
+        """Raises UsageError where something is missing, would be ignored, or cannot be understood."""
         if self.kind == "time-to-target" and (not self.metric or self.target is None):
             raise UsageError(
                 "--objective time-to-target needs --metric and --target.",
@@ -68,6 +66,8 @@ class Objective:
                 "--metric and --target go with --objective time-to-target or cost.",
                 remedy="To prove a plan on a metric: upshift verify --metric NAME.",
             )
+        if self.by_metric:
+            self.options()
 
     def options(self) -> Options:
         """What the whole runs are judged by."""
@@ -88,39 +88,6 @@ class Search:
     untested: bool = False
     budget: float | None = None
     allow_remote_writes: bool = False
-
-
-def mark(target: Target, techniques: ArmPlan, device: str, files: tuple[str, ...]) -> Fingerprint:
-    """What a plan of these techniques is measured on."""
-    return fingerprint(
-        target.name, target.arguments, device, techniques, files=files, module=target.module,
-        packages=registry.packages(techniques),
-    )  # fmt: skip
-
-
-def blank(
-    target: Target, options: Options, techniques: Mapping[str, Mapping[str, Setting]], device: str,
-    files: tuple[str, ...],
-) -> Verification:  # fmt: skip
-    """A verification of a plan before its first run."""
-    plan = {name: dict(settings) for name, settings in techniques.items()}
-    return Verification(
-        script=target.name,
-        arguments=target.arguments,
-        created=time.strftime("%Y-%m-%d %H:%M:%S"),
-        metric=options.metric.name,
-        mode=options.metric.mode,
-        techniques=plan,
-        fingerprint=hashlib.sha256(codec.dumps(mark(target, plan, device, files))).hexdigest(),
-        seeds=options.seeds,
-        margin=0.0,
-        margin_note="",
-        answer="not shown",
-        reason="interrupted",
-        target=options.metric.target,
-        price=options.price,
-        take=options.take,
-    )
 
 
 def cost_of(seen: Measurement, speedup: float | None, price: float, searched: float) -> str:
@@ -162,7 +129,7 @@ def seek(
     runner = HookRunner(extra={"PYTHONUNBUFFERED": "1"})
 
     def empty(plan: ArmPlan) -> Verification:
-        return blank(target, options, plan, device, files)
+        return blank(target, options, plan, target.mark(plan, device, files))
 
     return TargetSearch(runner, spec, seen, wanted, empty, say, on_trial).run(start)
 
@@ -204,6 +171,6 @@ def joined(
     plan = replace(
         plan, kept=kept, proof=proof, objective=objective.kind, to_target=found.target_speedup, verdict=verdict,
         speedup=None, low=None, high=None, pairs=0, break_even_steps=None,
-        fingerprint=mark(target, techniques, plan.device, plan.fingerprint.files),
+        fingerprint=target.mark(techniques, plan.device, plan.fingerprint.files),
     )  # fmt: skip
     return report, plan

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from upshift.errors import UsageError
 from upshift.hook import choosing
+from upshift.records.plan import Fingerprint, Setting
 
 #: Told what is going on.
 Say = Callable[[str], None]
@@ -45,6 +46,11 @@ class Target:
             path = Path(self.name)
             if not path.exists():
                 raise UsageError(f"there is no script {self.name}.", remedy="Check the path; options go before it.")
+            if path.suffix == ".ipynb":
+                raise UsageError(
+                    f"{self.name} is a notebook.",
+                    remedy="On the command line it is converted; in Python: upshift.api.notebook.convert(path).script.",
+                )
             if path.is_dir():
                 raise UsageError(f"{self.name} is a folder.", remedy="Name the training script inside it.")
         return self
@@ -58,6 +64,10 @@ class Target:
     def plan_file(self) -> Path:
         """`train.upshift.toml` beside `train.py`."""
         return choosing.plan_beside(self.name, self.module)
+
+    def mark(self, techniques: dict[str, dict[str, Setting]], device: str, files: tuple[str, ...]) -> Fingerprint:
+        """What a plan of these techniques for this target is measured on; `files`: the modules it imports."""
+        return choosing.mark(self.name, self.arguments, techniques, device, files, module=self.module)
 
 
 def _is_python_script(path: Path) -> bool:

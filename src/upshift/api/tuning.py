@@ -13,7 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, child, diagnose
-from upshift.api.objective import Objective, Search, cost_of, joined, mark, seek
+from upshift.api.objective import Objective, Search, cost_of, joined, seek
 from upshift.api.target import Say, Target
 from upshift.errors import RecordError, ScriptFailedError
 from upshift.hardware.device import device_name
@@ -192,6 +192,8 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     )
     plan = _plan(target, report, outcome, files)
     if goal.by_metric and not outcome.interrupted:
+        # What is proven by now must not be lost when a whole run fails.
+        _write(target, report, plan, plan_file, say)
         left = options.budget - (time.monotonic() - began) if options.budget else None
         search = Search(options.only, options.leave_out, options.untested, left, options.diagnose.allow_remote_writes)
         sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial)
@@ -202,19 +204,25 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     if goal.price is not None:
         gain = plan.speedup if plan.kept else None
         report = replace(report, cost=cost_of(measurement, gain, goal.price, time.monotonic() - began))
+    report_file, page = _write(target, report, plan, plan_file, say)
+    if not report.interrupted:
+        state.file.unlink(missing_ok=True)
+    return Tuned(report, plan, plan_file, report_file, page)
+
+
+def _write(target: Target, report: TuneReport, plan: Plan, plan_file: Path, say: Say) -> tuple[Path, Path]:
+    """Write plan, report and page; returns where the last two lie."""
+    from upshift.report import html
+
     if report.interrupted and not plan.kept and plan_file.exists():
         say(f"{plan_file} is left as it was")
     else:
         planfile.write(plan_file, plan)
     report_file = Path(".upshift") / "reports" / f"{slug(str(target.stem))}.json"
     codec.write(report_file, report)
-    from upshift.report import html
-
     page = report_file.with_suffix(".html")
     codec.write_bytes(page, html.render_tune(report, plan=plan).encode())
-    if not report.interrupted:
-        state.file.unlink(missing_ok=True)
-    return Tuned(report, plan, plan_file, report_file, page)
+    return report_file, page
 
 
 def _predicted(findings: Sequence[Finding]) -> dict[str, float]:
@@ -263,7 +271,7 @@ def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ..
         created=report.created,
         device=device,
         verdict=report.verdict,
-        fingerprint=mark(target, techniques, device, files),
+        fingerprint=target.mark(techniques, device, files),
         speedup=final.ratio if final is not None and kept else None,
         low=final.low if final is not None and kept else None,
         high=final.high if final is not None and kept else None,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from upshift.api.diagnosis import DiagnoseOptions, child
-from upshift.api.objective import blank
 from upshift.api.running import RunOptions, choose_plan
 from upshift.api.target import Say, Target
 from upshift.errors import PlanError, RecordError
 from upshift.hardware.device import device_name, kinds_here
 from upshift.hook.process import HookRunner
 from upshift.records import Plan, codec, planfile
+from upshift.records.plan import Fingerprint, Setting
 from upshift.records.planfile import slug
 from upshift.records.verification import Verification, WholeRun
+
+if TYPE_CHECKING:
+    from upshift.search.verify import Options
 
 
 @dataclass
@@ -61,7 +67,7 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     files = plan.fingerprint.files if plan is not None else ()
     wanted = Options(metric, options.seeds, options.margin, "best" if options.best else "last", options.price,
                      options.timeout)  # fmt: skip
-    empty = blank(target, wanted, chosen.techniques, device, files)
+    empty = blank(target, wanted, chosen.techniques, target.mark(chosen.techniques, device, files))
     file = Path(".upshift") / "verify" / f"{slug(str(target.stem))}.json"
     earlier = _runs_before(file, empty, options) if options.resume else ()
     if earlier:
@@ -80,6 +86,29 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     codec.write(file, found)
     _write_answer(Path(chosen.file), plan, found)
     return found
+
+
+def blank(
+    target: Target, options: Options, techniques: dict[str, dict[str, Setting]], mark: Fingerprint
+) -> Verification:
+    """A verification of a plan before its first run."""
+    return Verification(
+        script=target.name,
+        arguments=target.arguments,
+        created=time.strftime("%Y-%m-%d %H:%M:%S"),
+        metric=options.metric.name,
+        mode=options.metric.mode,
+        techniques=techniques,
+        fingerprint=hashlib.sha256(codec.dumps(mark)).hexdigest(),
+        seeds=options.seeds,
+        margin=0.0,
+        margin_note="",
+        answer="not shown",
+        reason="interrupted",
+        target=options.metric.target,
+        price=options.price,
+        take=options.take,
+    )
 
 
 def _plan_here(file: Path) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from upshift.errors import PlanError, UsageError
 from upshift.hardware.device import device_name, kinds_here
 from upshift.records import Plan, planfile
 from upshift.records.fingerprint import changes, fingerprint
+from upshift.records.plan import Fingerprint, Setting
 from upshift.records.planfile import slug
 from upshift.sites import Numerics
 from upshift.sites.risk import suspicion
@@ -116,11 +118,18 @@ def check_tuning(target: str, module: bool, wanted: Wanted, *, launcher: bool) -
         )
 
 
+def mark(
+    target: str, arguments: Sequence[str], techniques: dict[str, dict[str, Setting]], device: str,
+    files: Sequence[str], *, module: bool,
+) -> Fingerprint:  # fmt: skip
+    """What a plan of these techniques is measured on, and must still be when it is used."""
+    return fingerprint(
+        target, arguments, device, techniques, files=files, module=module, packages=registry.packages(techniques)
+    )
+
+
 def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device: str) -> Chosen:
-    now = fingerprint(
-        spec.target, spec.arguments, device, plan.techniques, files=plan.fingerprint.files, module=spec.module,
-        packages=registry.packages(plan.techniques),
-    )  # fmt: skip
+    now = mark(spec.target, spec.arguments, plan.techniques, device, plan.fingerprint.files, module=spec.module)
     notes: list[str] = []
     stale = changes(plan, now)
     if stale and not wanted.allow_stale:
