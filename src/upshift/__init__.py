@@ -1,9 +1,33 @@
 """upshift: makes PyTorch training faster and cheaper on an unmodified script, and proves it.
 
-The functions are in `upshift.api`.
+The functions for scripts are in `upshift.api`; what a declared job needs is here:
+
+    from upshift import Job, Target, run, tune
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from upshift.api.jobs import run as run
+    from upshift.api.jobs import tune as tune
+    from upshift.engine.job import Job as Job
+    from upshift.engine.job import Target as Target
+    from upshift.engine.job import Weighted as Weighted
+
+_WHERE = {
+    "Job": "upshift.engine.job", "Target": "upshift.engine.job", "Weighted": "upshift.engine.job",
+    "run": "upshift.api.jobs", "tune": "upshift.api.jobs",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)
 
 
 def load_ipython_extension(shell: object) -> None:

@@ -2,6 +2,9 @@
 
 UpshiftError                 1   anything upshift itself refuses or cannot do
 ├── UsageError               2   a wrong command line, a missing script
+│   ├── EmptyDataError           data without samples
+│   ├── BatchTooLargeError       a global batch larger than the data
+│   └── DataChangedError         a run resumed with other data, or read in another way
 ├── PlanError                3   a plan that cannot be read, or is from another version
 ├── NoTrainingError          4   the script ran, but no training step was seen
 ├── ScriptFailedError        5   the script crashed or ended before enough was seen
@@ -9,6 +12,12 @@ UpshiftError                 1   anything upshift itself refuses or cannot do
 ├── NotIsolatedError         7   a trial could not be kept away from the user's files
 ├── MissingExtraError        8   an optional package is not installed
 ├── NotShownError            9   `verify`: the plan is worse, or was not shown to be as good
+├── CheckpointError          10  a checkpoint that cannot be written, or cannot be read and trusted
+│   ├── InUseError           10  another process owns the run folder
+│   └── ResumeError          10  a run folder that holds another training
+├── TrainingError            12  a training that cannot go on: its loss is not finite, whatever is left out
+├── DataError                11  data that cannot be read: bad samples beyond the budget, loader workers that die
+├── DistributedError         75  a process that trains together with this one is gone or stands still: try again
 └── RecordError              3   a record that cannot be read
 
 `run` passes the script's own exit code through. 130 is Ctrl-C.
@@ -40,6 +49,18 @@ class UsageError(UpshiftError):
     """A wrong command line: no such script, an option in the wrong place."""
 
     exit_code = 2
+
+
+class EmptyDataError(UsageError):
+    """Data without samples."""
+
+
+class BatchTooLargeError(UsageError):
+    """A global batch larger than the data."""
+
+
+class DataChangedError(UsageError):
+    """A run is resumed with data of another length or kind, or with another number of workers where that matters."""
 
 
 class PlanError(UpshiftError):
@@ -82,6 +103,38 @@ class NotShownError(UpshiftError):
     """A plan is worse than stock on the user's metric, or was not shown to be as good."""
 
     exit_code = 9
+
+
+class CheckpointError(UpshiftError):
+    """A checkpoint that cannot be written (disk full, I/O error), or that is damaged, hostile or of another version."""
+
+    exit_code = 10
+
+
+class InUseError(CheckpointError):
+    """Another process owns the run folder, or a newer attempt has taken it over."""
+
+
+class ResumeError(CheckpointError):
+    """The run folder holds another training: another model, other data, another seed; the message says what differs."""
+
+
+class TrainingError(UpshiftError):
+    """A training that cannot go on: the loss is not finite whatever is left out, or one sample is too much memory."""
+
+    exit_code = 12
+
+
+class DataError(UpshiftError):
+    """Data that cannot be read: more bad samples than allowed, or worker processes that die again and again."""
+
+    exit_code = 11
+
+
+class DistributedError(UpshiftError):
+    """A process that trains together with this one did not come, is gone, stands still or holds other values."""
+
+    exit_code = 75
 
 
 class RecordError(UpshiftError):

@@ -3,7 +3,9 @@
 One file per function; the names below are the public ones.
 """
 
+from upshift.api.checkpoints import Inventory, checkpoints, export
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, diagnose
+from upshift.api.jobs import JobOptions, parse_settings, run_job
 from upshift.api.machines import doctor, selftest
 from upshift.api.objective import Objective
 from upshift.api.running import RunOptions, choose_plan, run
@@ -15,6 +17,8 @@ from upshift.api.verifying import VerifyOptions, verify
 __all__ = [
     "DiagnoseOptions",
     "Diagnosed",
+    "Inventory",
+    "JobOptions",
     "Objective",
     "RunOptions",
     "Say",
@@ -22,13 +26,17 @@ __all__ = [
     "TuneOptions",
     "Tuned",
     "VerifyOptions",
+    "checkpoints",
     "choose_plan",
     "diagnose",
     "doctor",
+    "export",
     "latest_run",
     "load",
+    "parse_settings",
     "report_behind",
     "run",
+    "run_job",
     "selftest",
     "tune",
     "verify",

@@ -105,7 +105,7 @@ def diagnose(target: Target, options: DiagnoseOptions | None = None, say: Say = 
     from upshift.hook.diagnosing import observe
 
     options = options or DiagnoseOptions()
-    target.check()
+    target = target.check().script
     spec = child(target, options, "diagnose")
     spec = msgspec.structs.replace(
         spec, options={**spec.options, "seconds": options.seconds, "trace": "trace" if options.trace else ""}

@@ -39,7 +39,10 @@ class RunOptions:
 
 def choose_plan(target: Target, options: RunOptions) -> Chosen:
     """The plan for this script on this machine; see `hook.choosing`."""
-    spec = ChildSpec(mode="run", target=target.name, arguments=target.arguments, module=target.module)
+    script = target.script
+    spec = ChildSpec(mode="run", target=script.name, arguments=script.arguments, module=script.module)
+    if target.job and options.plan is None and target.plan_file.exists():
+        options = replace(options, plan=target.plan_file)
     return choosing.choose_plan(spec, _wanted(options))
 
 

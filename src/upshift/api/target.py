@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,23 +13,41 @@ from upshift.errors import UsageError
 from upshift.hook import choosing
 from upshift.records.plan import Fingerprint, Setting
 
+#: The module that runs a declared job as a script, and what names a job: `jobs.py:cifar`.
+ENTRY = "upshift.cli.job"
+_JOB = re.compile(r".+\.py:[A-Za-z_]\w*$")
+
 #: Told what is going on.
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to run: a script, or with `module` a module as `python -m` takes it, and its arguments."""
+    """What to run: a script, a declared job (`jobs.py:NAME`), or with `module` a module, and its arguments."""
 
     name: str
     arguments: tuple[str, ...] = ()
     module: bool = False
 
     @property
+    def job(self) -> str:
+        """The job that is named, by itself or behind a launcher; empty where it is a script."""
+        if self.module:
+            return self.arguments[0] if self.name == ENTRY and self.arguments else ""
+        if _JOB.match(self.name) and not Path(self.name).exists():
+            return self.name
+        return next((item for item in self.arguments if _JOB.match(item)), "") if self.starts_others else ""
+
+    @property
+    def script(self) -> Target:
+        """What is run in its place: a job is trained by a module of ours, which is a script like any other."""
+        return self if self.module or not self.job else Target(ENTRY, (self.job, *self.arguments), module=True)
+
+    @property
     def starts_others(self) -> bool:
         """Whether this is no Python script but a command: `torchrun`, `sh`, an executable that is no script."""
         path = Path(self.name)
-        if self.module or path.suffix == ".py":
+        if self.module or path.suffix == ".py" or _JOB.match(self.name):
             return False
         if path.is_file():
             return os.access(path, os.X_OK) and not _is_python_script(path)
@@ -42,7 +61,11 @@ class Target:
                 f"{self.name} starts other programs; only upshift run follows those.",
                 remedy=f"Name the training script itself: {script}, as one process.",
             )
-        if not self.module:
+        if self.job:
+            file = Path(self.job.rpartition(":")[0])
+            if not file.is_file():
+                raise UsageError(f"there is no file {file}.", remedy="Name a job as jobs.py:NAME.")
+        elif not self.module:
             path = Path(self.name)
             if not path.exists():
                 raise UsageError(f"there is no script {self.name}.", remedy="Check the path; options go before it.")
@@ -58,12 +81,20 @@ class Target:
     @property
     def stem(self) -> Path:
         """Where files named after the target lie: beside the script, or in the current folder for a module."""
+        if self.job:
+            file, _, name = self.job.rpartition(":")
+            return Path(f"{Path(file).with_suffix('')}-{name}")
         return choosing.stem(self.name, self.module)
 
     @property
     def plan_file(self) -> Path:
         """`train.upshift.toml` beside `train.py`."""
-        return choosing.plan_beside(self.name, self.module)
+        return Path(f"{self.stem}.upshift.toml")
+
+    @property
+    def known_as(self) -> str:
+        """What a person calls it."""
+        return self.job or self.name
 
     def mark(self, techniques: dict[str, dict[str, Setting]], device: str, files: tuple[str, ...]) -> Fingerprint:
         """What a plan of these techniques for this target is measured on; `files`: the modules it imports."""

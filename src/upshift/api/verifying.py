@@ -54,7 +54,7 @@ def verify(target: Target, options: VerifyOptions, say: Say = lambda text: None)
     from upshift.measure.metrics import Metric
     from upshift.search.verify import Options, Verifier, conclude
 
-    target.check()
+    target = target.check().script
     metric = Metric.parse(options.metric, options.target, options.regex)
     chosen = choose_plan(target, RunOptions(plan=options.plan, allow_stale=options.allow_stale, require="none"))
     if not chosen.techniques:

@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "Whole runs, with and without the plan: is your own metric as good?",
     "compare": "Two runs side by side.",
     "report": "Draw any record again.",
+    "checkpoints": "What a run can be resumed from: verified, listed, exported.",
     "explain": "The catalogue of techniques and findings.",
     "doctor": "Is this machine fit, and how often would upshift be wrong on it?",
 }
@@ -31,7 +32,7 @@ Options go before TARGET; everything after it belongs to the script.
 \b
 Exit codes: 0 done ("keep your baseline" too), 2 usage, 3 plan or record unreadable, 4 no training seen,
 5 the script failed, 6 disk or permissions, 7 not isolated, 8 package missing, 9 not shown
-to be as good (verify), 130 Ctrl-C.
+to be as good (verify), 10 checkpoint unwritable or unreadable, 75 a rank was lost (try again), 130 Ctrl-C.
 `upshift run` exits as the script does."""
 
 

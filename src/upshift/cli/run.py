@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from upshift.cli import show
+from upshift.errors import UsageError
 
 
 @click.command("run", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
@@ -25,6 +26,24 @@ from upshift.cli import show
 )
 @click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default=Path(".upshift/runs"),
               show_default=True, help="Where to keep the record.")  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path),
+              help="Job: the run folder (record, checkpoints).  [default: a new one below --runs]")  # fmt: skip
+@click.option("--resume", type=click.Choice(["auto", "never", "force"]), default="auto", show_default=True,
+              help="Job: go on from the newest good checkpoint; force: only its weights.")  # fmt: skip
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Job: change a field or argument of it.")
+@click.option("--nproc", type=click.IntRange(1), default=1, help="Job: so many processes on this machine (torchrun).")
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True,
+              help="Job: how several processes share the model.")  # fmt: skip
+@click.option("--device", default="", help="Job: cpu, cuda.  [default: an accelerator where there is one]")
+@click.option("--micro-batch", type=click.IntRange(1), help="Job: samples of one forward and backward pass.")
+@click.option("--workers", type=click.IntRange(0), help="Job: loader processes.")
+@click.option("--save-every", metavar="N|DURATION", help="Job: steps (500) or time (10m) between checkpoints.  "
+              "[default: from what saving costs]")  # fmt: skip
+@click.option("--interruptions", type=show.Duration(), default=86_400.0, metavar="DURATION",
+              help="Job: expected time between two interruptions.  [default: a day; spot machines: 2h]")  # fmt: skip
+@click.option("--grace", type=show.Duration(), default=30.0, metavar="DURATION",
+              help="Job: time between SIGTERM and the end.  [default: 30s]")  # fmt: skip
+@click.option("--notice", default="", metavar="COMMAND", help="Job: exits with 0 when the machine will be taken away.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; only record.")
 @show.target_options
 def command(
@@ -34,6 +53,18 @@ def command(
     require: str | None,
     tune: float | None,
     runs: Path,
+    out: Path | None,
+    resume: str,
+    settings: tuple[str, ...],
+    nproc: int,
+    parallel: str,
+    device: str,
+    micro_batch: int | None,
+    workers: int | None,
+    save_every: str | None,
+    interruptions: float,
+    grace: float,
+    notice: str,
     quiet: bool,
     module: str | None,
     rest: tuple[str, ...],
@@ -46,6 +77,9 @@ def command(
     TARGET may be a launcher: it is started as it is, and every Python process below it that trains gets the plan of
     its script and a record of its own.
 
+    TARGET may be a job declared in Python, jobs.py:NAME. It is saved as it goes, and the same command with the same
+    --out goes on exactly where it was stopped: after Ctrl-C, SIGTERM (exit code 143), a crash or a power cut.
+
     With --tune a run without a plan tunes itself: techniques that can be switched between two steps alternate in its
     first minutes, and all steps are its own. This shows less than upshift tune does.
 
@@ -56,11 +90,47 @@ def command(
       upshift run --no-plan train.py
       upshift run --tune 5m train.py
       upshift run -- torchrun --nproc-per-node 2 train.py
+      upshift run --out runs/cifar jobs.py:cifar
+      upshift run --out runs/cifar --nproc 2 --set epochs=3 jobs.py:cifar
+      upshift run torchrun --nproc-per-node 2 jobs.py:cifar
     """
     from upshift import api
 
+    say = (lambda text: None) if quiet else show.say
+    target = show.target(module, rest)
+    if target.job:
+        if tune is not None:
+            raise UsageError("--tune works on scripts.", remedy=f"Make a plan first: upshift tune {target.job}")
+        steps, seconds = _save_every(save_every)
+        job = api.JobOptions(
+            out=out, runs=runs, resume=resume, settings=api.parse_settings(tuple(f"--set={item}" for item in settings)),
+            plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", device=device,
+            micro_batch=micro_batch, workers=workers, save_seconds=seconds, save_steps=steps,
+            interruption_seconds=interruptions, grace=grace, notice=notice, parallel=parallel, processes=nproc,
+            quiet=quiet,
+        )  # fmt: skip
+        api.run_job(target, job, say)
+    _only_for_jobs(out=out, settings=settings, nproc=nproc > 1, device=device, micro_batch=micro_batch,
+                   workers=workers, save_every=save_every, notice=notice)  # fmt: skip
     options = api.RunOptions(
         plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", runs=runs, quiet=quiet,
         tune=tune or 0.0,
     )  # fmt: skip
-    api.run(show.target(module, rest), options, (lambda text: None) if quiet else show.say)
+    api.run(target, options, say)
+
+
+def _save_every(text: str | None) -> tuple[int | None, float | None]:
+    """Steps or seconds between two checkpoints."""
+    if text is None:
+        return None, None
+    if text.isdigit() and int(text) > 0:
+        return int(text), None
+    return None, show.Duration().convert(text, None, None)
+
+
+def _only_for_jobs(**given: object) -> None:
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, "", (), False)]
+    if named:
+        raise UsageError(
+            f"{', '.join(named)} needs a job; a script has its own way.", remedy="Declare the training: jobs.py:NAME."
+        )

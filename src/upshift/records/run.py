@@ -31,6 +31,9 @@ class Event(Record, frozen=True):
     at: float
     kind: str
     text: str
+    step: int | None = None
+    values: dict[str, float | None] = {}
+    """Metrics of an evaluation after `step` updates; None where a value is not finite."""
 
 
 class Run(Record, frozen=True):

@@ -47,6 +47,7 @@ class Stage:
         self._step: dict[int, list[tuple[str, StepApplied]]] = {}
         self._loss: dict[str, list[tuple[str, LossApplied]]] = {}
         self._alive: dict[int, Any] = {}
+        self._saved: dict[str, list[dict[str, Any]]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,6 +106,7 @@ class Stage:
             self._loss.setdefault(moment.name, []).append((name, applied))
         if name in self._off:
             applied.switch(False)
+        self._give_state(name, applied)
         if first and applied.note:
             self._say("applied", name, applied.note)
 
@@ -191,6 +193,25 @@ class Stage:
                 if text:
                     found[name] = str(text)
         return found
+
+    def states(self) -> dict[str, list[dict[str, Any]]]:
+        """What a resumed run needs of every technique, in the order in which its parts were applied."""
+        return {name: [item.state_dict() for item in items] for name, items in self._applied.items()}
+
+    def load_states(self, saved: dict[str, list[dict[str, Any]]]) -> None:
+        """Give every technique what `states` returned; parts that are applied later get theirs then."""
+        self._saved = {name: list(items) for name, items in saved.items()}
+        for name, items in self._applied.items():
+            for item in items:
+                self._give_state(name, item)
+
+    def _give_state(self, name: str, applied: Applied) -> None:
+        waiting = self._saved.get(name)
+        load = getattr(applied, "load_state_dict", None)
+        if waiting:
+            state = waiting.pop(0)
+            if load is not None and state:
+                load(state)
 
     def close(self) -> None:
         """Undo everything, last applied first."""

@@ -1,0 +1,241 @@
+"""Declared jobs: `run(job)` in this process, and `upshift run jobs.py:NAME`, which makes a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from upshift.api.target import ENTRY, Say, Target
+from upshift.errors import PlanError, UsageError
+from upshift.hardware import machine
+from upshift.hardware.device import device_name, kinds_here
+from upshift.hook import choosing
+from upshift.hook.boot import OUTSIDE
+from upshift.hook.process import environment
+from upshift.records import Plan
+from upshift.records.plan import Setting
+from upshift.records.runlog import new_id
+
+if TYPE_CHECKING:
+    from upshift.engine.job import Job
+    from upshift.engine.run import Result
+
+#: The variable that holds the spec of a job's process, as JSON.
+SPEC = "UPSHIFT_JOB"
+
+
+class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a process is asked to do with a job. Travels as JSON; nothing in it can import or execute anything."""
+
+    out: str = ""
+    resume: str = "auto"
+    settings: dict[str, str] = {}
+    plan: dict[str, dict[str, Setting]] = {}
+    plan_file: str = ""
+    device: str = ""
+    micro_batch: int | None = None
+    loader: dict[str, int] = {}
+    save_seconds: float | None = None
+    save_steps: int | None = None
+    interruption_seconds: float = 86_400.0
+    grace: float = 30.0
+    notice: str = ""
+    parallel: str = "ddp"
+    quiet: bool = False
+    environment: dict[str, str] = {}
+
+
+@dataclass
+class JobOptions:
+    """How `upshift run` trains a job; see `engine.settings.Execution`."""
+
+    out: Path | None = None
+    runs: Path = Path(".upshift/runs")
+    resume: str = "auto"
+    settings: dict[str, str] = field(default_factory=dict)
+    plan: Path | None = None
+    no_plan: bool = False
+    allow_stale: bool = False
+    require: str = ""
+    device: str = ""
+    micro_batch: int | None = None
+    workers: int | None = None
+    save_seconds: float | None = None
+    save_steps: int | None = None
+    interruption_seconds: float = 86_400.0
+    grace: float = 30.0
+    notice: str = ""
+    parallel: str = "ddp"
+    processes: int = 1
+    quiet: bool = False
+
+
+def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
+    """Replace this process by the training of a job, or by torchrun where several processes are asked for.
+
+    Raises:
+        UsageError: no such file, or options that do not go together.
+        PlanError: a plan that cannot be read.
+    """
+    reference = target.job
+    launcher = _launcher(target, options)
+    chosen = _chosen(target, options)
+    for note in chosen.notes:
+        say(note)
+    env = environment(chosen.techniques)
+    if launcher and OUTSIDE in env:
+        env.pop(OUTSIDE)
+    folder = (options.out or options.runs / new_id()).absolute()
+    described = {**machine.describe(), "device": device_name(kinds_here()[0])}
+    spec = JobSpec(
+        out=str(folder), resume=options.resume, settings={**options.settings, **_settings_behind(target)},
+        plan=chosen.techniques, plan_file=chosen.file, device=options.device, micro_batch=options.micro_batch,
+        loader={"num_workers": options.workers} if options.workers is not None else {},
+        save_seconds=options.save_seconds, save_steps=options.save_steps,
+        interruption_seconds=options.interruption_seconds, grace=options.grace, notice=options.notice,
+        parallel=options.parallel, quiet=options.quiet, environment=described,
+    )  # fmt: skip
+    env[SPEC] = msgspec.json.encode(spec).decode()
+    command = [*launcher, "-m", ENTRY, reference] if launcher else [sys.executable, "-m", ENTRY, reference]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], command, env)
+    except OSError as error:
+        raise UsageError(f"{command[0]} cannot be started: {error.strerror}.", remedy="Install torch.") from None
+
+
+def _launcher(target: Target, options: JobOptions) -> list[str]:
+    """The command in front of the job: what the person wrote, or torchrun for `--nproc`."""
+    if target.starts_others:
+        place = target.arguments.index(target.job)
+        return [target.name, *target.arguments[:place]]
+    if options.processes > 1:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
+                "--nproc-per-node", str(options.processes)]  # fmt: skip
+    return []
+
+
+def _settings_behind(target: Target) -> dict[str, str]:
+    """`--set key=value` behind the name of the job."""
+    behind = target.arguments
+    if target.starts_others:
+        behind = behind[behind.index(target.job) + 1 :]
+    return parse_settings(behind)
+
+
+def parse_settings(arguments: tuple[str, ...]) -> dict[str, str]:
+    """`--set key=value ...` as a dictionary.
+
+    Raises:
+        UsageError: something else stands there.
+    """
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        item = rest.pop(0)
+        text = rest.pop(0) if item == "--set" and rest else item.removeprefix("--set=")
+        key, equals, value = text.partition("=")
+        if not item.startswith("--set") or not equals or not key.isidentifier():
+            raise UsageError(f"a job has no argument {item!r}.", remedy="Change its fields with --set KEY=VALUE.")
+        found[key] = value
+    return found
+
+
+def _chosen(target: Target, options: JobOptions) -> choosing.Chosen:
+    from upshift.sites.runner import ChildSpec
+
+    script = target.script
+    file = options.plan or target.plan_file
+    wanted = choosing.Wanted(
+        plan=str(file) if options.plan or file.exists() else "", no_plan=options.no_plan,
+        allow_stale=options.allow_stale, require=options.require,
+    )  # fmt: skip
+    if not wanted.plan and not options.no_plan:
+        return choosing.Chosen({}, "", (f"no plan beside {target.job}: trained as it is",))
+    spec = ChildSpec(mode="run", target=script.name, arguments=script.arguments, module=True)
+    return choosing.choose_plan(spec, wanted)
+
+
+def run(job: Job, plan: Plan | Path | None = None, *, out: str | Path | None = None, resume: str = "auto",
+        say: Say | None = None, **execution: Any) -> Result:  # fmt: skip
+    """Train a job in this process, with a plan or without.
+
+    Args:
+        plan: a plan, or the file of one.
+        out: the run folder (record and checkpoints); None: nothing is written.
+        execution: see `upshift.engine.settings.Execution`.
+
+    Raises:
+        UpshiftError: see `upshift.engine.run.train_job`.
+    """
+    from upshift.engine.run import train_job
+    from upshift.engine.settings import Execution
+
+    techniques: dict[str, dict[str, Setting]] = {}
+    if isinstance(plan, (str, Path)):
+        plans = choosing.read_plans(Path(plan))
+        if len(plans) != 1:
+            raise PlanError(f"{plan} holds plans for {len(plans)} devices.", remedy="Hand over one of them.")
+        (plan,) = plans.values()
+    if plan is not None:
+        techniques = plan.techniques
+    outside = {name: "it acts on the environment a process starts with: upshift run jobs.py:NAME does that"
+               for name in techniques if _only_environment(name)}  # fmt: skip
+    settings = Execution(
+        out=Path(out) if out is not None else None, resume=resume, plan=techniques,
+        say=say or (lambda text: None), **execution,
+    )  # fmt: skip
+    return train_job(job, settings, outside)
+
+
+def _only_environment(name: str) -> bool:
+    from upshift.techniques import registry
+
+    return registry.get(name).card.sites == ("process_env",)
+
+
+def tune(job: Job | str, *, budget: float | None = None, say: Say | None = None) -> Plan | None:
+    """Search a plan for a job, in processes of its own, as `upshift tune jobs.py:NAME` does.
+
+    Args:
+        job: `jobs.py:NAME`, or a job that is a global of a file: the processes import that file.
+        budget: seconds.
+
+    Returns:
+        The plan (it may say: keep your baseline), also written beside the file; None where nothing was tried.
+
+    Raises:
+        UsageError: the job is no global of a file, or its file tunes it while it is imported.
+        UpshiftError: see `upshift.api.tune`.
+    """
+    from upshift.api.tuning import TuneOptions
+    from upshift.api.tuning import tune as search
+
+    reference = job if isinstance(job, str) else _reference_of(job)
+    return search(Target(reference), TuneOptions(budget=budget), say or (lambda text: None)).plan
+
+
+def _reference_of(job: Job) -> str:
+    """`FILE.py:NAME` of a job that is a global of a loaded module."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or not str(file).endswith(".py"):
+            continue
+        for key, value in list(vars(module).items()):
+            if value is job and not key.startswith("_"):
+                if name != "__main__" and "upshift.cli.job" in sys.orig_argv:
+                    raise UsageError(
+                        f"{file} tunes its job while it is imported.",
+                        remedy='Put the call under `if __name__ == "__main__":`.',
+                    )
+                return f"{file}:{key}"
+    raise UsageError(
+        "this job is no global of a file, and the trials run in processes of their own.",
+        remedy="Bind it to a name at the top of a file: cifar = Job(…).",
+    )

@@ -1,0 +1,1 @@
+"""Declared jobs: what is trained (`job`), and the loop that trains it without losing work."""

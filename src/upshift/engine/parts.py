@@ -1,0 +1,301 @@
+"""The parts of a job, built for this process: model, optimizer, schedule, data, techniques."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from upshift.engine.averages import Average
+from upshift.engine.data import Data, open_data
+from upshift.engine.job import Job
+from upshift.engine.lengths import Span
+from upshift.engine.metrics import Metrics
+from upshift.engine.randomness import seed_everything
+from upshift.engine.schedules import bind
+from upshift.engine.settings import Execution
+from upshift.errors import UsageError
+from upshift.sites import LoaderArgs, LoaderReady, LossFunctionSeen, ModelSeen, OptimizerSeen, ProcessStart, Stage
+from upshift.techniques import registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from upshift.engine.group import Group
+
+
+class Parts:
+    """Everything that is built from a job, in one process."""
+
+    def __init__(self, job: Job, settings: Execution, group: Group, say: Callable[[str, str, str], None],
+                 outside: dict[str, str] | None = None) -> None:  # fmt: skip
+        """
+        Args:
+            say: told what a technique did: kind, name, text.
+            outside: what came of techniques that act on the environment only.
+
+        Raises:
+            UsageError: parts of the job do not fit together.
+        """
+        self.job, self.settings, self.group = job, settings, group
+        self._tell = say
+        self.stage = Stage(registry.in_order(settings.plan), say)
+        self.stage.outside = dict(outside or {})
+        self.stage.raise_site(ProcessStart(device=group.device.type))
+        seed_everything(job.seed)
+        self.model = _checked_model(job).to(group.device)
+        if job.start:
+            load_start(self.model, job.start)
+        self.wrapped = group.wrap(self.model, settings.parallel)
+        self.parameters = [item for item in self.model.parameters() if item.requires_grad]
+        if not self.parameters:
+            raise UsageError("the model has no parameter that is trained.", remedy="Check requires_grad.")
+        self.optimizer: torch.optim.Optimizer = job.optimizer(
+            job.parameters(self.model) if job.parameters is not None else self.parameters
+        )
+        self.data = self._open(job.train_data, job.global_batch, shuffle=job.shuffle)
+        self._evaluation: Data | None = None
+        self.span = Span(self._steps(), job.global_batch, self.data.length)
+        self.average = Average(self.model, job.average, self.span) if job.average is not None else None
+        self.schedule = self._schedule()
+        self.early = job.stop_early.begin() if job.stop_early is not None else None
+        self.loss = self._loss()
+        self._keys: tuple[str, ...] | None = None
+        # Ranks draw different numbers from here on (dropout), one process those of an ordinary script.
+        if group.world > 1:
+            seed_everything(job.seed, group.rank + 1)
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def _say_data(self, text: str) -> None:
+        self._tell("data", "", text)
+
+    def _open(self, data: Any, batch: int, *, shuffle: bool, training: bool = True) -> Data:
+        job, stage = self.job, self.stage
+        group = self.group
+        return open_data(
+            data, seed=job.seed, global_batch=batch, micro_batch=self.settings.micro_batch if training else None,
+            collate=job.collate, shuffle=shuffle, training=training, draws=job.draws,
+            device=group.device if group.device.type != "cpu" else None, rank=group.rank, world=group.world,
+            loader=self.settings.loader, agree=group.sum if group.world > 1 else None, say=self._say_data,
+            on_args=lambda arguments: stage.raise_site(LoaderArgs(args=arguments, main_guard=True)),
+            on_loader=lambda loader: stage.raise_site(LoaderReady(loader=loader)),
+        )  # fmt: skip
+
+    def _steps(self) -> int | None:
+        job, n = self.job, self.data.length
+        if job.steps is not None:
+            return job.steps
+        return math.ceil(n / job.global_batch) * (job.epochs or 0) if n is not None else None
+
+    def evaluation_parts(self) -> Iterator[Any]:
+        """The evaluation data, each sample once over all ranks."""
+        job = self.job
+        if self._evaluation is None:
+            size = job.eval_batch or min(job.global_batch, 1024)
+            self._evaluation = self._open(job.eval_data, size, shuffle=False, training=False)
+        for batch in self._evaluation.epoch(0, 0):
+            for part in batch.parts:
+                if part.weight:
+                    yield part
+
+    # -- optimisation -------------------------------------------------------------------------------------------
+
+    def _schedule(self) -> Any:
+        return bind(self.job.schedule, self.optimizer, self.span)
+
+    def new_metrics(self) -> Metrics:
+        """Metrics at zero."""
+        return Metrics(self.job.metrics, self.group)
+
+    def _loss(self) -> Callable[[Any, Any], Any]:
+        loss = self.job.loss
+        if loss is None:
+            return _own_loss
+        import torch
+
+        if loss is torch.nn.functional.cross_entropy:
+            self.stage.raise_site(LossFunctionSeen(name="cross_entropy"))
+        return loss
+
+    # -- techniques ---------------------------------------------------------------------------------------------
+
+    def model_seen(self, batch: Any) -> None:
+        """The model is about to be called for the first time."""
+        args, kwargs = self._arguments(batch)
+        self.stage.raise_site(ModelSeen(module=self.model, args=args, kwargs=kwargs, training=True))
+
+    def optimizer_seen(self) -> tuple[Callable[[Any], None], ...]:
+        """The optimizer is about to make its first step; what acts before each of its steps."""
+        self.stage.raise_site(OptimizerSeen(optimizer=self.optimizer))
+        return tuple(applied.before_step for _, applied in self.stage.steps_for(self.optimizer))
+
+    def without_techniques(self, reason: str) -> None:
+        """Take all techniques off for good."""
+        for name in self.stage.names:
+            self.stage.remove(name, reason)
+
+    def free_memory(self) -> None:
+        """Give cached memory back before smaller micro-batches are tried."""
+        import torch
+
+        for item in self.parameters:
+            item.grad = None
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def make_forward(self) -> Callable[[Any], tuple[Any, Any]]:
+        """`forward(batch) -> (output, what the loss is computed against)`, techniques included."""
+        call: Callable[..., Any] = self.wrapped
+        for _, applied in reversed(self.stage.forward_for(self.model)):
+            call = _around(applied, call, self.model)
+        own = self.job.forward
+        if own is not None:
+            model = self.wrapped if call is self.wrapped else _Called(self.model, call)
+            return lambda batch: (own(cast("torch.nn.Module", model), batch), batch)
+
+        def forward(batch: Any) -> tuple[Any, Any]:
+            if type(batch) in (tuple, list):
+                if len(batch) == 2:
+                    return call(batch[0]), batch[1]
+                if len(batch) > 2:
+                    return call(*batch[:-1]), batch[-1]
+                return call(batch[0]), batch[0]
+            args, kwargs = self._arguments(batch)
+            return call(*args, **kwargs), batch
+
+        return forward
+
+    def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with."""
+        if isinstance(batch, dict):
+            if self._keys is None:
+                self._keys = _keys(self.model, batch)
+            return (), {key: batch[key] for key in self._keys}
+        if isinstance(batch, (tuple, list)):
+            return tuple(batch[:-1] if len(batch) > 1 else batch), {}
+        return (batch,), {}
+
+    # -- who it is ----------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, so that a resumed run is the same training."""
+        job = self.job
+        shapes = [f"{name} {tuple(item.shape)} {item.dtype}" for name, item in self.model.named_parameters()]
+        buffers = [f"{name} {tuple(item.shape)}" for name, item in self.model.named_buffers()]
+        return {
+            "seed": job.seed,
+            "global_batch": job.global_batch,
+            "shuffle": job.shuffle,
+            "samples": self.data.length,
+            "model": _digest([*shapes, *buffers]),
+            "parameters": sum(item.numel() for item in self.model.parameters()),
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer settings": _settings(self.optimizer),
+            "loss": _name(job.loss),
+            "schedule": _name(job.schedule),
+            "clip": job.clip,
+            "average": repr(job.average) if job.average is not None else "",
+        }
+
+    def close(self) -> None:
+        """Undo what the techniques did, stop loader workers."""
+        self.data.close()
+        if self._evaluation is not None:
+            self._evaluation.close()
+        self.stage.close()
+
+
+class _Called:
+    """The model, called through the techniques, for a job that calls it itself."""
+
+    def __init__(self, model: Any, call: Callable[..., Any]) -> None:
+        self.__dict__.update(_model=model, _call=call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+
+def _around(applied: Any, call: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    around = applied.around
+    return lambda *args, **kwargs: around(call, model, args, kwargs)
+
+
+def _own_loss(output: Any, batch: Any) -> Any:
+    found = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if found is None:
+        raise UsageError(
+            f"the job has no loss, and the output of the model ({type(output).__name__}) has none either.",
+            remedy="Give the job a loss: loss=F.cross_entropy.",
+        )
+    return found
+
+
+def _checked_model(job: Job) -> torch.nn.Module:
+    import torch
+
+    model = job.model()
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(
+            f"model() returned a {type(model).__name__}, not a torch.nn.Module.",
+            remedy="Hand over the function that builds the model.",
+        )
+    return model
+
+
+def load_start(model: torch.nn.Module, source: str) -> None:
+    """Start from these weights.
+
+    Raises:
+        UsageError: they do not fit the model.
+    """
+    from pathlib import Path
+
+    from upshift.checkpoint.foreign import load_weights
+
+    weights = load_weights(Path(source))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"the weights in {source} do not fit the model: {error}", remedy="Check start=.") from None
+
+
+def _keys(model: Any, batch: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of a batch that the model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        return tuple(batch)
+    found = tuple(key for key in batch if key in parameters)
+    if not found:
+        raise UsageError(
+            f"none of the keys of a batch ({', '.join(map(str, batch))}) is an argument of the model's forward "
+            f"({', '.join(parameters)}).",
+            remedy="Give the job a forward: forward=lambda model, batch: model(batch['x']).",
+        )
+    return found
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _settings(optimizer: Any) -> str:
+    plain = {
+        key: value for key, value in optimizer.defaults.items() if isinstance(value, (bool, int, float, str, tuple))
+    }
+    # How a step is computed is a matter of execution.
+    return repr({key: plain[key] for key in sorted(plain) if key not in ("fused", "foreach", "capturable")})
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return ""
+    name = getattr(value, "__qualname__", "")
+    return f"{getattr(value, '__module__', '')}.{name}" if name else repr(value)[:200]

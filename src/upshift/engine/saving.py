@@ -1,0 +1,259 @@
+"""When and what a training saves, and how it comes back.
+
+Saved is at boundaries between two updates only. The interval follows from what saving costs and how often the machine
+is taken away (`upshift.checkpoint.interval`); a person may set it in seconds or steps. Without a run folder one state
+is kept in memory, so that a training can still go back from a loss that is not finite.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from upshift.checkpoint.interval import Pace
+from upshift.checkpoint.saver import Saver
+from upshift.engine.plainstate import load_model_state, load_optimizer_state, model_state, optimizer_state
+from upshift.engine.randomness import random_state, seed_everything, set_random_state
+from upshift.engine.recover import Recovery
+from upshift.errors import CheckpointError, ResumeError
+from upshift.units import seconds as in_words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from upshift.checkpoint.retention import Checkpoint
+    from upshift.checkpoint.store import Store
+    from upshift.engine.parts import Parts
+    from upshift.engine.training import Training
+
+#: The first checkpoint is made after this many seconds; its cost sets the interval.
+FIRST = 10.0
+
+#: A best state is saved at once where the job asks for the best one (a target, early stopping); elsewhere when this
+#: many times the cost of saving has passed since the last checkpoint.
+BEST_AFTER = 30.0
+
+
+class Saving:
+    """The checkpoints of one training."""
+
+    def __init__(self, parts: Parts, store: Store | None) -> None:
+        settings = parts.settings
+        self.parts, self.settings, self.store = parts, settings, store
+        self.every_step = settings.save_steps is not None and store is not None
+        self._pace = Pace(settings.interruption_seconds, first=FIRST)
+        self._told = False
+        self._at = time.monotonic()
+        self._saved_step = -1
+        self._best = self._evaluated = False
+        self._stall = 0.0
+        self._keeps_best = parts.job.stop_early is not None or parts.job.target is not None
+        self._memory: dict[str, Any] | None = None
+        # Several ranks save together, in step; one alone saves beside its training.
+        self._saver = Saver(store) if store is not None and parts.group.world == 1 else None
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def begin(self, t: Training) -> None:
+        """Before the first update: a state to go back to. On disk where there is a folder, so that a run that is
+        stopped in its first step has begun all the same."""
+        if self._saved_step < 0:
+            self.save(t, wait=True)
+        self._at = time.monotonic()
+
+    def evaluated(self, best: bool) -> None:
+        """There are new results; `best`: this state is to be kept whatever comes."""
+        self._evaluated, self._best = True, self._best or best
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+        if step == self._saved_step or self.store is None:
+            return False
+        if self._best and (self._keeps_best or time.monotonic() - self._at > BEST_AFTER * self._stall):
+            return True
+        if self.settings.save_steps is not None:
+            return step % self.settings.save_steps == 0
+        if self.settings.save_seconds is not None:
+            return time.monotonic() - self._at > self.settings.save_seconds
+        return self._pace.due()
+
+    def last(self, t: Training) -> None:
+        """The last state of this process, on disk when this returns."""
+        if t.progress.step != self._saved_step or self._evaluated:
+            self.save(t, wait=True)
+        elif self._saver is not None:
+            self._saver.wait()
+
+    def save(self, t: Training, *, wait: bool = False) -> None:
+        """Save now; `wait` until it is on disk. What cannot be written is told, and training goes on."""
+        began = time.perf_counter()
+        step = t.progress.step
+        tree = self._gather(t)
+        if self.store is None:
+            self._memory = owned(tree)
+        elif self._saver is not None:
+            self._saver.save(step, tree, facts=self._facts(t), best=self._best, wait=wait)
+        else:
+            try:
+                self.store.save(step, tree, facts=self._facts(t), best=self._best)
+            except CheckpointError as error:
+                self.store.say(f"not saved, training goes on: {error.message}")
+        self._saved_step, self._best, self._evaluated = step, False, False
+        stall = self._stall = time.perf_counter() - began
+        t.recorder.saved(stall)
+        self._at = time.monotonic()
+        self._pace.saved(stall, self._saver.write_seconds if self._saver is not None else 0.0)
+        if not wait:
+            self._tell_pace(t, stall)
+
+    def _tell_pace(self, t: Training, stall: float) -> None:
+        if self._told or self.store is None or self.every_step or self.settings.save_seconds is not None:
+            return
+        self._told = True
+        every, between = in_words(self._pace.seconds), in_words(self.settings.interruption_seconds)
+        t.say(
+            "checkpoints",
+            f"saving holds training up for {in_words(stall)}: every {every} from here on (Young/Daly; one interruption "
+            f"in {between} assumed)",
+        )
+
+    def _facts(self, t: Training) -> dict[str, Any]:
+        progress = t.progress
+        return {
+            "step": progress.step, "samples": progress.samples, "epoch": progress.epoch, "world": t.group.world,
+            "job": t.description, "metrics": t.results, "plan": sorted(self.settings.plan),
+            "left_out": [list(item) for item in t.recovery.left_out],
+        }  # fmt: skip
+
+    def _gather(self, t: Training) -> dict[str, Any]:
+        """All that a resumed run needs; ranks other than 0 hold what differs between ranks."""
+        parts, progress = self.parts, t.progress
+        tree: dict[str, Any] = {"random": random_state()}
+        weights = model_state(parts.group, parts.wrapped)
+        optimizer = optimizer_state(parts.group, parts.wrapped, parts.optimizer)
+        if parts.group.rank:
+            return tree
+        techniques = {
+            name: found for name, items in parts.stage.states().items() if (found := [item for item in items if item])
+        }
+        return tree | {
+            "model": weights,
+            "optimizer": optimizer,
+            "schedule": getattr(parts.schedule, "state_dict", dict)(),
+            "average": parts.average.state_dict() if parts.average is not None else {},
+            "early": parts.early.state_dict() if parts.early is not None else {},
+            "data": parts.data.state_dict(),
+            "techniques": techniques,
+            "progress": {
+                "step": progress.step, "epoch": progress.epoch, "cursor": progress.cursor,
+                "samples": progress.samples, "seconds": t.seconds, "evaluated": progress.evaluated,
+                "done": progress.done, "micro_batch": parts.data.micro_batch,
+            },
+            "results": {"last": t.results, "best": t.best, "reached": t.reached},
+            "recovery": {"tries": t.recovery.tries, "since": t.recovery.since,
+                         "left_out": [list(item) for item in t.recovery.left_out]},
+        }  # fmt: skip
+
+    # -- coming back --------------------------------------------------------------------------------------------
+
+    def resume(self, t: Training) -> None:
+        """Go on where the newest good checkpoint ends; nothing happens where there is none.
+
+        Raises:
+            ResumeError: it is a checkpoint of another training, and says in what they differ.
+        """
+        if self.store is None or self.settings.resume == "never":
+            return
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            return
+        tree, facts = self._load(checkpoint)
+        if self.settings.resume == "force":
+            load_model_state(self.parts.group, self.parts.wrapped, tree["model"])
+            t.say("resume", f"only the weights of step {facts['step']:,} were loaded, as asked")
+            return
+        self._same_training(facts.get("job", {}), t.description, checkpoint.path)
+        self._restore(t, tree, int(facts.get("world", 1)))
+        self._saved_step = t.progress.step
+        t.say("resume", f"goes on from step {t.progress.step:,} ({checkpoint.path.name})")
+
+    def rewind(self, t: Training) -> None:
+        """Back to the last good state, in the middle of a run."""
+        if self._saver is not None:
+            self._saver.wait()
+        if self.store is None:
+            if self._memory is None:
+                raise CheckpointError("there is no state to go back to.", remedy="Start the run anew.")
+            self._restore(t, owned(self._memory), t.group.world)
+            return
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            raise CheckpointError("no checkpoint is left to go back to.", remedy="Look into the quarantine folder.")
+        tree, facts = self._load(checkpoint)
+        self.store.go_back(checkpoint.step)
+        self._restore(t, tree, int(facts.get("world", 1)))
+        self._saved_step = t.progress.step
+
+    def _load(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What rank 0 saved, with the random state of this rank."""
+        assert self.store is not None
+        tree, facts = self.store.load(checkpoint, rank=0)
+        if self.parts.group.rank:
+            tree["random"] = self.store.load(checkpoint)[0]["random"]
+        return tree, facts
+
+    def _same_training(self, then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+        differ = [f"{key} was {then[key]!r}, is {now[key]!r}" for key in now if key in then and then[key] != now[key]]
+        if differ:
+            raise ResumeError(
+                f"{path.name} is a checkpoint of another training: {'; '.join(differ)}.",
+                remedy="Put it back as it was, name another --out, or load only the weights: --resume force.",
+            )
+
+    def _restore(self, t: Training, tree: dict[str, Any], world: int) -> None:
+        parts = self.parts
+        load_model_state(parts.group, parts.wrapped, tree["model"])
+        load_optimizer_state(parts.group, parts.wrapped, parts.optimizer, tree["optimizer"])
+        if parts.schedule is not None and tree["schedule"]:
+            getattr(parts.schedule, "load_state_dict", lambda state: None)(tree["schedule"])
+        if parts.average is not None:
+            parts.average.load_state_dict(tree["average"])
+        if parts.early is not None:
+            parts.early.load_state_dict(tree["early"])
+        parts.data.load_state_dict(tree["data"])
+        parts.stage.load_states(tree["techniques"])
+        found = tree["progress"]
+        progress = t.progress
+        progress.step, progress.epoch, progress.cursor = found["step"], found["epoch"], found["cursor"]
+        progress.samples, progress.seconds = found["samples"], found["seconds"]
+        progress.evaluated, progress.done = found["evaluated"], found["done"]
+        parts.data.micro_batch = min(parts.data.micro_batch, found["micro_batch"])
+        t.results, t.best = tree["results"]["last"], tree["results"]["best"]
+        t.reached = tree["results"]["reached"]
+        kept = tree["recovery"]
+        t.recovery = Recovery(kept["tries"], [(a, b) for a, b in kept["left_out"]], kept["since"])
+        if world == parts.group.world:
+            set_random_state(tree["random"])
+        else:
+            # The order of samples is the same for any number of ranks; random streams of ranks are not.
+            seed_everything(parts.job.seed + progress.step + 1, parts.group.rank + 1)
+            t.say("resume", f"{world} processes then, {parts.group.world} now: the order of samples goes on exactly, "
+                            "dropout draws other numbers")  # fmt: skip
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        if self._saver is not None:
+            self._saver.wait()
+
+
+def owned(tree: Any) -> Any:
+    """A copy of a state that shares no memory with the training."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: owned(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(owned(value) for value in tree)
+    return tree

@@ -1,0 +1,63 @@
+"""How a job is executed: nothing here changes what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upshift.records.plan import Setting
+
+#: Seconds between two interruptions that saving is set up for, where nothing is said.
+A_DAY = 86_400.0
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass
+class Execution:
+    """How a job is executed.
+
+    Args:
+        out: the run folder: record, checkpoints, result. None: nothing is written.
+        resume: `auto` (where there is a checkpoint), `never`, or `force` (only the weights, whatever else differs).
+        plan: techniques and their settings.
+        device: `cpu`, `cuda`; empty: an accelerator where there is one.
+        micro_batch: samples of one forward and backward pass; None: the share of this rank in a global batch.
+        loader: arguments of torch's DataLoader that change nothing about the data (`num_workers`, ...).
+        save_seconds, save_steps: between two checkpoints; both None: from what saving costs and how often the
+            machine is taken away (`interruption_seconds`).
+        grace: seconds between a request to stop and the end.
+        notice: a shell command that exits with 0 when the machine is about to be taken away.
+        parallel: `ddp` or `fsdp2`, where several processes train together.
+        spikes: whether a loss that explodes is treated like one that is not finite.
+        on_batch: told of every update before it is made: step, epoch, indices of this rank's samples.
+        say: told what a person should read.
+        metrics: told step, epoch and metrics after every evaluation.
+        progress: told numbers, a few times a second.
+    """
+
+    out: Path | None = None
+    resume: str = "auto"
+    plan: dict[str, dict[str, Setting]] = field(default_factory=dict)
+    plan_file: str = ""
+    reference: str = ""
+    device: str = ""
+    micro_batch: int | None = None
+    loader: dict[str, Any] = field(default_factory=dict)
+    save_seconds: float | None = None
+    save_steps: int | None = None
+    interruption_seconds: float = A_DAY
+    grace: float = 30.0
+    notice: str = ""
+    parallel: str = "ddp"
+    spikes: bool = True
+    signals: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+    on_batch: Callable[[int, int, Any], None] | None = None
+    say: Callable[[str], None] = _silent
+    metrics: Callable[[int, int, dict[str, float]], None] | None = None
+    progress: Callable[[dict[str, float]], None] | None = None

@@ -1,0 +1,398 @@
+"""A job under way: its parts, how far it is, and what happens between two updates."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from upshift.engine import loop
+from upshift.engine.job import Weighted, higher_is_better
+from upshift.engine.loop import Again, Halted
+from upshift.engine.memory import smaller
+from upshift.engine.preempt import StopRequest
+from upshift.engine.recover import Recovery, Spikes
+from upshift.errors import TrainingError
+
+if TYPE_CHECKING:
+    from upshift.engine.parts import Parts
+    from upshift.engine.recording import Recorder
+    from upshift.engine.saving import Saving
+
+#: Seconds between two looks at the clock's business: windows of the record, progress, saving.
+TICK = 0.25
+WINDOW = 1.0
+
+
+@dataclass
+class Progress:
+    """How far a training is.
+
+    `cursor`: samples of the epoch under way that were trained. `evaluated`: the step of the last evaluation.
+    `done`: it ended before its time, by its target or early stopping.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    evaluated: int = -1
+    done: bool = False
+
+
+class Training:
+    """What the loop works on. One per process."""
+
+    def __init__(self, parts: Parts, recorder: Recorder, saving: Saving, stop: StopRequest) -> None:
+        self.parts, self.recorder, self.saving, self.stop = parts, recorder, saving, stop
+        self.job, self.settings, self.group = parts.job, parts.settings, parts.group
+        self.model, self.optimizer = parts.model, parts.optimizer
+        self.clip, self.average = parts.job.clip, parts.average
+        self.progress = Progress()
+        self.recovery = Recovery()
+        self.spikes = Spikes()
+        self.halted = False
+        self.reached: dict[str, float] = {}
+        self.results: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.early = parts.early
+        self.before_step: tuple[Any, ...] = ()
+        self.loss = parts.loss
+        self.forward: Any = self._first_forward
+        self._optimizer_seen = False
+        self._parameters = list(parts.parameters)
+        self._rate = parts.schedule
+        self._began = self._tick = self._window = time.perf_counter()
+        self._spiking = parts.settings.spikes
+        self.alone = parts.group.world == 1
+        self.description = parts.describe()
+        self._losses = recorder.losses
+        self._in_evaluation = False
+        # What the ranks agreed on: a rank that acted by itself would leave the others waiting.
+        self._all_stop = self._all_save = False
+
+    def begins(self) -> None:
+        """Everything is restored: the clocks start."""
+        self._began = self._tick = self._window = time.perf_counter()
+        self.recorder.rewound(self.progress.step)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before it was resumed included."""
+        return self.progress.seconds + time.perf_counter() - self._began
+
+    # -- how far ------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is done."""
+        if self.stopping:
+            return True
+        if self.job.steps is not None:
+            return self.progress.step >= self.job.steps
+        return self.progress.epoch >= (self.job.epochs or 0)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it ends before its time."""
+        return self.halted or self.progress.done
+
+    def epoch_begins(self) -> None:
+        """Before the first batch, or after going back."""
+        self.model.train()
+        self._train_mode(True)
+        every, step = self.job.eval_every, self.progress.step
+        if every is not None and step and step % every == 0:
+            self.evaluate()  # a run that was stopped in the middle of it
+
+    def batches(self) -> Iterator[Any]:
+        """What is left of this epoch, one global batch at a time, without those that are left out."""
+        data, progress = self.parts.data, self.progress
+        left_out = set(self.recovery.left_out)
+        on_batch = self.settings.on_batch
+        last = self.job.steps
+        for batch in data.epoch(progress.epoch, progress.cursor):
+            if left_out and (progress.epoch, progress.cursor) in left_out:
+                progress.cursor += batch.samples
+                continue
+            if on_batch is not None:
+                on_batch(progress.step, progress.epoch, [index for part in batch.parts for index in part.indices])
+            yield batch
+            if last is not None and progress.step >= last:
+                return
+
+    def epoch_ends(self) -> None:
+        """All samples of the epoch were trained (or the last step was made): evaluate, save."""
+        progress = self.progress
+        last = progress.step == self.job.steps or progress.epoch + 1 == self.job.epochs
+        if self.job.eval_data is not None and (self.job.eval_every is None or last):
+            # Before the epoch is counted: a run stopped in here comes back to it.
+            self.evaluate()
+        if progress.step != self.job.steps:
+            progress.epoch, progress.cursor = progress.epoch + 1, 0
+        if self.alone:
+            self._save_if_due()
+
+    def ends(self) -> None:
+        """The loop is over; what it came to is saved."""
+        self.saving.last(self)
+        self.stop.safe.set()
+
+    # -- one update ---------------------------------------------------------------------------------------------
+
+    def _first_forward(self, batch: Any) -> tuple[Any, Any]:
+        """Let the techniques act on the model that is about to be called for the first time."""
+        self.parts.model_seen(batch)
+        self.forward = self.parts.make_forward()
+        found: tuple[Any, Any] = self.forward(batch)
+        return found
+
+    def agree(self, batch: Any, total: float, counts: list[Any], trouble: BaseException | None) -> float:
+        """The mean loss of the global batch; all ranks go on with it, or none does.
+
+        Raises:
+            Again: somebody ran out of memory, or the loss cannot be used.
+        """
+        if self.alone and trouble is None and not counts:
+            if -math.inf < total <= self.spikes.ceiling:
+                return total
+            return self._unusable(batch, total)
+        count = math.fsum(float(item) for item in counts)
+        wrong = not math.isfinite(total)
+        if not self.alone:
+            sums = self.group.agree([0.0 if wrong else total, count, float(trouble is not None), float(wrong),
+                                     float(self.stop.asked),
+                                     float(self.group.main and self.saving.due(self.progress.step + 1))])  # fmt: skip
+            total, count = sums[0], sums[1]
+            if sums[4]:
+                self.stop.ask("another rank was asked to stop")
+                self._all_stop = True
+            self._all_save = sums[5] > 0
+            if sums[2]:
+                self._out_of_memory(trouble)
+            if sums[3]:
+                total = math.nan
+        elif trouble is not None:
+            self._out_of_memory(trouble)
+        loss = total / count if counts else total / self.group.world
+        if not -math.inf < loss <= self.spikes.ceiling:
+            return self._unusable(batch, loss)
+        if not self.alone:
+            self.group.reduce_gradients(self._parameters)
+        if counts:
+            self._scale_gradients(self.group.world / count)
+        return loss
+
+    def _scale_gradients(self, factor: float) -> None:
+        import torch
+
+        gradients = [item.grad for item in self._parameters if item.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def clip_gradients(self) -> None:
+        """Scale the gradient down to the norm that the job allows."""
+        self.group.clip_gradients(self._parameters, self.clip or math.inf)
+
+    def set_rate(self) -> None:
+        """The learning rate of the update that is about to be made."""
+        if not self._optimizer_seen:
+            self._optimizer_seen = True
+            self.before_step = self.parts.optimizer_seen()
+            for before in self.before_step:
+                before(self.optimizer)
+        if self._rate is not None:
+            self._rate(self.progress.step)
+
+    def drop_gradients(self) -> None:
+        """Before an update is tried again."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def updated(self, batch: Any, loss: float) -> None:
+        """An update was made: count it, and see to what is due."""
+        progress = self.progress
+        progress.step += 1
+        progress.cursor += batch.samples
+        progress.samples += batch.samples
+        self._losses.append(loss)
+        if self._spiking:
+            self.spikes.add(loss)
+        if self.stop.asked or time.perf_counter() - self._tick > TICK:
+            self._tick_now(loss)
+        if self.saving.every_step or self._all_save or self.halted:
+            self._save_if_due()
+        every = self.job.eval_every
+        if every is not None and progress.step % every == 0 and not self.halted:
+            self.evaluate()
+
+    def _tick_now(self, loss: float) -> None:
+        now = self._tick = time.perf_counter()
+        if now - self._window > WINDOW:
+            self._window = now
+            self.recovery.passed(self.progress.step)
+            self.recorder.window(self.progress.step)
+        if self.settings.progress is not None:
+            self.settings.progress(self.report(loss))
+        self.poll()
+        if self.alone and not self.halted:
+            self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        if self._all_save or (self.alone and self.saving.due(self.progress.step)):
+            self._all_save = False
+            self.saving.save(self)
+
+    def poll(self) -> None:
+        """Whether somebody asked to stop. Ranks agree on it in `agree`; in evaluation only a run alone can stop.
+
+        Raises:
+            Halted: in the middle of an evaluation, which a resumed run makes again.
+        """
+        if self.alone and self.stop.asked:
+            if self._in_evaluation:
+                raise Halted
+            self.halt()
+        elif self._all_stop:
+            self.halt()
+
+    def halt(self) -> None:
+        """Save, and end the loop."""
+        self.halted = True
+
+    def report(self, loss: float) -> dict[str, float]:
+        """What a progress bar shows."""
+        progress = self.progress
+        return {
+            **({"steps": self.parts.span.steps} if self.parts.span.steps else {}),
+            "step": progress.step, "epoch": progress.epoch, "samples": progress.samples, "loss": loss,
+            "seconds": time.perf_counter() - self._began, "cursor": progress.cursor, **self.results,
+        }  # fmt: skip
+
+    # -- trouble ------------------------------------------------------------------------------------------------
+
+    def _out_of_memory(self, trouble: BaseException | None) -> None:
+        """Go on with smaller micro-batches, the global batch as it was.
+
+        Raises:
+            Again: always, or the error itself where the micro-batch cannot be smaller.
+        """
+        size = smaller(self.parts.data.micro_batch)
+        if size is None:
+            if trouble is not None:
+                raise trouble
+            raise TrainingError(
+                "another rank ran out of memory with one sample at a time.", remedy="Use a smaller model or batch."
+            )
+        self.parts.data.micro_batch = size
+        self.say("memory", f"out of memory at step {self.progress.step + 1}: micro-batches of {size} from here on, "
+                           f"the global batch stays {self.job.global_batch}")  # fmt: skip
+        self.parts.free_memory()
+        raise Again
+
+    def _unusable(self, batch: Any, loss: float) -> float:
+        """A loss that is not finite, or explodes: back to the last good state, without this batch.
+
+        Raises:
+            Again: always, or TrainingError where going back does not help.
+        """
+        progress, recovery = self.progress, self.recovery
+        what = f"the loss of step {progress.step + 1} is {loss:.6g}" + ("" if math.isfinite(loss) else ", not finite")
+        place = (progress.epoch, progress.cursor)
+        if self.parts.stage.names:
+            names = ", ".join(self.parts.stage.names)
+            self.parts.without_techniques(what)
+            self.forward = self.parts.make_forward()
+            self.before_step = ()
+            self.say("guard", f"{what}; {names} came off, back to the last good state")
+        elif recovery.give_up():
+            raise TrainingError(
+                f"{what}, after going back {recovery.tries} times.",
+                remedy="Lower the learning rate, clip the gradient, or look at these samples: "
+                + ", ".join(str(index) for part in batch.parts[:1] for index in list(part.indices)[:8]),
+            )
+        else:
+            recovery.went_back(progress.step, *place)
+            self.say("guard", f"{what}; back to the last good state, without samples {place[1]} to "
+                              f"{place[1] + batch.samples - 1} of epoch {place[0]}")  # fmt: skip
+        kept = Recovery(recovery.tries, list(recovery.left_out), recovery.since)
+        self.saving.rewind(self)
+        self.recovery = kept
+        self.spikes.forget()
+        self.recorder.rewound(self.progress.step)
+        raise Again
+
+    def say(self, kind: str, text: str) -> None:
+        """To the record and to the person (once, not from every rank)."""
+        self.recorder.event(kind, text)
+        if self.group.rank == 0:
+            self.settings.say(text)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Any:
+        """Fresh metrics of the job."""
+        return self.parts.new_metrics()
+
+    @property
+    def output_has_loss(self) -> bool:
+        """Whether the loss comes with the output of the model."""
+        return self.job.loss is None
+
+    def evaluation_parts(self) -> Iterator[Any]:
+        """The evaluation data of this rank."""
+        return iter(self.parts.evaluation_parts())
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, with the averaged weights where the job has them."""
+        self._in_evaluation = True
+        self.model.eval()
+        self._train_mode(False)
+        swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
+        try:
+            with swapped:
+                yield
+        finally:
+            self.model.train()
+            self._train_mode(True)
+            self._in_evaluation = False
+
+    def _train_mode(self, on: bool) -> None:
+        # Schedule-free optimizers keep two sets of weights.
+        switch = getattr(self.optimizer, "train" if on else "eval", None)
+        if callable(switch):
+            switch()
+
+    def evaluate(self) -> None:
+        """Evaluate now; say it, remember the best, stop where the job says so."""
+        if self.progress.evaluated == self.progress.step:
+            return
+        found, seconds = loop.timed_evaluation(self)
+        self.results, self.progress.evaluated = found, self.progress.step
+        self.recorder.evaluated(seconds, self.progress.step, found)
+        target = self.job.target
+        name = target.metric if target is not None else next(iter(self.job.metrics), "loss")
+        higher = target.higher if target is not None else higher_is_better(name)
+        value = found[name]
+        before = self.best.get(name)
+        best = not math.isnan(value) and (before is None or (value > before if higher else value < before))
+        if best:
+            self.best = dict(found)
+        self.saving.evaluated(best)
+        if self.settings.metrics is not None and self.group.main:
+            self.settings.metrics(self.progress.step, self.progress.epoch + 1, found)
+        if target is not None and target.reached(value) and not self.reached:
+            self.reached = {"step": self.progress.step, "seconds": self.seconds}
+            self.say("target", f"{name} {value:.5g}: the target {target.value:g} is reached after {self.seconds:.1f} s")
+            self.progress.done = self.progress.done or self.job.stop_at_target
+        if self.early is not None and self.early.update(value) and not self.progress.done:
+            self.progress.done = True
+            self.say("early stop", f"{name} has not become better; the best was {self.best.get(name, value):.5g}")
+        self._tick = time.perf_counter()
+
+
+__all__ = ["Progress", "Training", "Weighted"]

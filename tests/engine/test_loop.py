@@ -1,0 +1,192 @@
+"""The loop against the loop a person would write."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upshift import Job, Target, run
+from upshift.engine.order import order
+from upshift.errors import TrainingError, UsageError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_jobs
+from tiny_jobs import X, Y, full, plain, weighted
+
+
+def by_hand(job: Job, loss=F.cross_entropy) -> torch.nn.Module:
+    """The same training in plain torch: order, weights and seed as the job declares them."""
+    torch.manual_seed(job.seed * 1_000_003)
+    model = job.model()
+    optimizer = job.optimizer(model.parameters())
+    for epoch in range(job.epochs):
+        rows = order(320, job.seed, epoch)
+        for start in range(0, 320, job.global_batch):
+            chosen = rows[start : start + job.global_batch]
+            value = loss(model(X[chosen]), Y[chosen])
+            if isinstance(value, tuple):
+                value = value[0] / value[1]
+            value.backward()
+            if job.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+def far(a: torch.nn.Module, b: torch.nn.Module) -> float:
+    return max(float((x.double() - b.state_dict()[k].double()).abs().max()) for k, x in a.state_dict().items())
+
+
+def test_it_is_bitwise_the_loop_written_by_hand():
+    job = full.set(schedule=None, average=None)
+    assert same(run(job).model, by_hand(job))
+
+
+@pytest.mark.parametrize("micro", [1, 7, 16, 47])
+def test_micro_batches_do_not_change_the_update(micro):
+    assert far(run(plain, micro_batch=micro).model, by_hand(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("micro", [None, 5, 32])
+def test_a_weighted_loss_is_normalised_over_the_whole_batch(micro):
+    assert far(run(weighted, micro_batch=micro).model, by_hand(weighted, tiny_jobs.tokens)) < 1e-5
+
+
+def test_dictionary_batches_reach_the_arguments_of_forward():
+    class Keys(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_jobs.Net(dropout=0.0, norm=False)
+
+        def forward(self, x):
+            return self.net(x)
+
+    data = {"x": X[:320], "y": Y[:320]}
+    job = plain.set(model=Keys, train_data=data, loss=lambda out, batch: F.cross_entropy(out, batch["y"]))
+    expected = by_hand(plain)
+    found = run(job).model.net
+    assert same(found, expected)
+
+
+def test_evaluation_is_exact_and_uses_the_average():
+    result = run(full)
+    assert set(result.metrics) == {"accuracy", "loss"}
+    model = result.model.eval()
+    with torch.no_grad():
+        raw = float((model(X[320:]).argmax(1) == Y[320:]).float().mean())
+    assert result.metrics["accuracy"] != raw or result.metrics["loss"] > 0
+    alone = run(full.set(average=None))
+    model = alone.model.eval()
+    with torch.no_grad():
+        assert alone.metrics["accuracy"] == pytest.approx(float((model(X[320:]).argmax(1) == Y[320:]).float().mean()))
+        assert alone.metrics["loss"] == pytest.approx(float(F.cross_entropy(model(X[320:]), Y[320:])), rel=1e-5)
+
+
+def test_a_length_in_steps_ends_there_and_evaluates():
+    result = run(full.set(steps=11))
+    assert result.steps == 11 and result.samples == 11 * 48 - (48 - 320 % 48)
+    assert "accuracy" in result.metrics
+
+
+def test_the_target_ends_training_where_the_job_says_so():
+    result = run(tiny_jobs.with_target)
+    assert result.reached["step"] == result.steps < 50 * 7
+    assert result.metrics["accuracy"] >= 0.5
+
+
+def test_a_loss_that_is_not_finite_goes_back_and_leaves_the_batch_out(tmp_path):
+    said: list[str] = []
+    result = run(tiny_jobs.poisoned(at=8), out=tmp_path / "run", say=said.append)
+    assert any("not finite" in text and "back to the last good state" in text for text in said)
+    assert result.steps == full.epochs * 7 - 1
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    memory = run(tiny_jobs.poisoned(at=8))
+    assert same(memory.model, result.model), "without a folder the state is kept in memory"
+
+
+def test_after_going_back_it_is_the_training_without_that_batch(tmp_path):
+    found = run(tiny_jobs.poisoned(at=3, times=1).set(schedule=None, average=None, epochs=1)).model
+    job = full.set(schedule=None, average=None)
+    torch.manual_seed(job.seed * 1_000_003)
+    model = job.model()
+    optimizer = job.optimizer(model.parameters())
+    rows = order(320, job.seed, 0)
+    for number, start in enumerate(range(0, 320, 48)):
+        if number == 3:
+            continue
+        F.cross_entropy(model(X[rows[start : start + 48]]), Y[rows[start : start + 48]]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(found, model)
+
+
+def test_a_loss_that_stays_not_finite_ends_in_an_error_that_names_samples():
+    job = full.set(loss=lambda out, y: F.cross_entropy(out, y) * float("nan"))
+    with pytest.raises(TrainingError, match="after going back 3 times"):
+        run(job)
+
+
+def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_update():
+    tries = []
+
+    class Small(tiny_jobs.Net):
+        def forward(self, x):
+            tries.append(len(x))
+            if len(x) > 12:
+                raise torch.OutOfMemoryError("planted")
+            return super().forward(x)
+
+    said: list[str] = []
+    job = plain.set(model=partial(Small, dropout=0.0, norm=False))
+    result = run(job, say=said.append)
+    assert far(result.model, by_hand(plain)) < 1e-5
+    assert max(tries[4:]) <= 12 and any("micro-batches of 12" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, "already built"),
+        ({"global_batch": 0}, "global_batch"),
+        ({"epochs": 1, "steps": 5}, "both"),
+        ({"target": Target("f1", 0.5)}, "no metric"),
+        ({"eval_data": None, "target": Target("accuracy", 0.5)}, "nothing to evaluate"),
+        ({"optimizer": torch.optim.SGD}, None),
+        ({"clip": -1.0}, "clip"),
+        ({"epoch": 3}, "no 'epoch'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(change, words):
+    if words is None:
+        full.set(**change)
+        return
+    with pytest.raises(UsageError, match=words):
+        full.set(**change)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UsageError, match="larger than the data"):
+        run(full.set(global_batch=400))
+
+
+def test_techniques_act_on_a_job_as_on_a_script():
+    said: list[str] = []
+    from upshift.engine.run import train_job
+    from upshift.engine.settings import Execution
+
+    job = plain.set(optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    found = train_job(job, Execution(plan={"fused": {}}, say=said.append))
+    assert any("applied fused" in text for text in said), said
+    assert far(found.model, run(job).model) < 1e-4
