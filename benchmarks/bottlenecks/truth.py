@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from upshift.hardware.machine import bf16_native
+
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
@@ -22,16 +24,24 @@ class Case:
     accepted: tuple[str, ...] = ()
     work: float = 1.0
     gain: bool = True
+    folder: Path = SCRIPTS
+    on_bf16: tuple[str, ...] = ()
+    about_learning: bool = False
 
     @property
     def file(self) -> Path:
         """The script."""
-        return SCRIPTS / f"{self.name}.py"
+        return self.folder / f"{self.name}.py"
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The rules that are right on this machine."""
+        return self.on_bf16 if self.on_bf16 and bf16_native() else self.accepted
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong with it."""
-        return not self.accepted
+        """Whether nothing is wrong with it on this machine."""
+        return not self.expected
 
 
 _DATA = ("data_starved", "slow_dataset_line")
