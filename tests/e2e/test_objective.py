@@ -50,6 +50,27 @@ def test_a_larger_batch_is_found_and_the_plan_is_used(tmp_path, write):
 
 
 @pytest.mark.extra
+@pytest.mark.timeout(900)
+def test_energy_is_estimated_here_and_called_so_everywhere(tmp_path, write):
+    # Longer steps than above: start-up is all CPU time, and should not be most of a run.
+    write("train.py", SCRIPT.replace("0.03", "0.05"))
+    asked = ("--objective", "energy", *ASKED[2:], "--watts", "1:2", "--only", "larger_batch")
+    tuned = upshift("tune", *asked, "train.py", cwd=tmp_path)
+    assert tuned.code == 0, tuned.err
+    told = " ".join(tuned.err.split())
+    if "energy is measured" in told:
+        pytest.skip("RAPL can be read here")
+    assert "it ranks plans as these do" in told and "as given by --watts" in told
+    (plan,) = load(tmp_path / "train.upshift.toml").values()
+    assert list(plan.techniques) == ["larger_batch"] and plan.objective == "energy", tuned.err
+    assert plan.energy.basis == "estimated" and plan.energy.low > 1.0 and plan.energy.n == 3
+    assert plan.energy.stock > plan.energy.plan > 0.0
+    assert "less energy (estimated)" in told and "faster" not in plan.verdict
+    ran = upshift("run", "train.py", cwd=tmp_path)
+    assert "less energy (estimated) to the target, proof 'metric'" in " ".join(ran.said)
+
+
+@pytest.mark.extra
 def test_a_whole_run_that_fails_leaves_the_plan_of_the_search_by_step_time(tmp_path, write):
     write("train.py", SCRIPT.replace("accuracy {", "hits {").replace("range(14)", "range(2)"))
     ended = upshift("tune", *ASKED, "--only", "fused", "--budget", "2m", "train.py", cwd=tmp_path)
@@ -61,6 +82,10 @@ def test_a_whole_run_that_fails_leaves_the_plan_of_the_search_by_step_time(tmp_p
     ("options", "remedy"),
     [
         (("--objective", "time-to-target"), "--metric accuracy:max --target"),
+        (("--objective", "energy"), "--metric accuracy:max --target"),
+        (("--objective", "energy", "--metric", "accuracy:max"), "--metric accuracy:max --target"),
+        (("--objective", "energy", "--metric", "accuracy:max", "--target", "1", "--watts", "5:2"), "--watts 0.7:3.5"),
+        (("--watts", "1:2"), "Name that objective"),
         (("--objective", "cost"), "--price"),
         (("--objective", "cost", "--price", "2", "--metric", "accuracy:max"), "Name both"),
         (("--metric", "accuracy:max"), "upshift verify --metric"),

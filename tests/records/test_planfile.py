@@ -10,6 +10,7 @@ from upshift.errors import PlanError
 from upshift.records import planfile
 from upshift.records.plan import Fingerprint, Kept, Plan, Rejected
 from upshift.records.trial import Band, Proof, UpdateCheck
+from upshift.records.verification import Energy, Interval
 
 PRINT = Fingerprint(script="a", sources="b", arguments="--x", device="cpu", versions="v", files=("m.py",), settings="s")
 
@@ -68,6 +69,17 @@ def test_round_trip_of_everything(tmp_path):
     planfile.write(file, FULL)
     assert planfile.read(file) == {"amd-epyc-2-cores": without_curves(FULL)}
     assert FULL.techniques == {"threads": {"count": 2, "on": True, "x": 0.5, "s": "t"}}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_round_trip_of_an_energy_with_and_without_a_figure(tmp_path, known):
+    file = tmp_path / "p.toml"
+    figures = (1.3, 1.1, 1.5, 3) if known else (None, None, None, 0)
+    energy = Energy(*figures, basis="estimated", how='from "CPU time"', stock=120.5, plan=93.0 if known else None)
+    wanted = plan(objective="energy", to_target=Interval(1.2, 1.0, 1.4, 3), energy=energy)
+    planfile.write(file, wanted)
+    assert planfile.read(file) == {"amd-epyc-2-cores": wanted}
+    assert 'basis = "estimated"' in file.read_text()
 
 
 def test_sections_of_other_devices_are_kept(tmp_path):

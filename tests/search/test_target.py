@@ -47,6 +47,7 @@ class Child:
         self.world, self.began, self.seed = world, world.clock, spec.seed or 0
         self.name = "+".join(spec.plan)
         world.started.append((self.name, self.seed))
+        self.pid = len(world.started)
         self.record = world.folder / str(len(world.started))
         self.record.mkdir()
         self._lines = 0

@@ -87,7 +87,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
 
     Args:
         on_diagnosed: told what the diagnosis found.
-        on_limit: told why the search is given less than the default budget.
+        on_limit: told why the search is given less than the default budget, and what energy is read from.
 
     Raises:
         UpshiftError: see `diagnose`; also when the plan file cannot be written.
@@ -101,7 +101,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     goal.check()
     # Whole runs need the larger part of a budget.
     budget = options.budget * (STEP_SHARE if goal.by_metric else 1.0) if options.budget else DEFAULT_BUDGET
-    target.check()
+    target = target.check().script
     for name in (*options.only, *options.leave_out):
         registry.get(name)
     plan_file = options.plan_file or target.plan_file
@@ -123,6 +123,8 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     measurement = found.measurement
     if any(note.startswith("the script failed") for note in measurement.notes):
         raise ScriptFailedError(measurement.notes[-1] + ".", remedy="It must run under plain python first.")
+
+    meter = goal.meter(measurement.facts.device, on_limit)
 
     def report_of(trials: Sequence[Trial], verdict: str, **more: Any) -> TuneReport:
         return TuneReport(
@@ -196,8 +198,8 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         _write(target, report, plan, plan_file, say)
         left = options.budget - (time.monotonic() - began) if options.budget else None
         search = Search(options.only, options.leave_out, options.untested, left, options.diagnose.allow_remote_writes)
-        sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial)
-        report, plan = joined(target, report, plan, sought, goal)
+        sought = seek(target, goal, plan.techniques, measurement, files, search, say, on_trial, meter)
+        report, plan = joined(target, report, plan, sought, goal, meter)
         taken = time.monotonic() - began
         report = replace(report, seconds=taken, budget=options.budget or taken)
         plan = replace(plan, search_seconds=taken)

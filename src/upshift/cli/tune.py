@@ -18,7 +18,7 @@ from upshift.cli import show
 @click.option("--without", multiple=True, metavar="NAME", help="Leave this technique out (may be repeated).")
 @click.option("--untested", is_flag=True, help="Also try techniques never run on this kind of device.")
 @click.option("--steps-planned", type=click.IntRange(1), help="Steps the real training will make.")
-@click.option("--objective", type=click.Choice(["step", "time-to-target", "cost"]), default="step",
+@click.option("--objective", type=click.Choice(["step", "time-to-target", "cost", "energy"]), default="step",
               show_default=True, help="What is to become smaller.")  # fmt: skip
 @click.option("--metric", default="", metavar="NAME[:max|:min]",
               help="The number that counts, by the name under which the script prints or logs it.")  # fmt: skip
@@ -30,6 +30,8 @@ from upshift.cli import show
               help="Pairs of whole runs that decide about another training.")  # fmt: skip
 @click.option("--fit", type=show.Size(), help="Memory the plan may need, such as 8GiB (of the accelerator, if any).")
 @click.option("--price", type=click.FloatRange(min=0), help="Price of this machine an hour.")
+@click.option("--watts", default="", metavar="MIN:MAX",
+              help="Watts of one logical core, idle and busy, where energy can only be estimated.")  # fmt: skip
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan there.")
 @click.option("--dry-run", is_flag=True, help="Diagnose, say what would be tried and at what cost; write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted search.")
@@ -45,7 +47,7 @@ def command(
     without: tuple[str, ...],
     untested: bool,
     steps_planned: int | None,
-    objective: Literal["step", "time-to-target", "cost"],
+    objective: Literal["step", "time-to-target", "cost", "energy"],
     metric: str,
     metric_regex: str | None,
     goal: float | None,
@@ -53,6 +55,7 @@ def command(
     seeds: int,
     fit: int | None,
     price: float | None,
+    watts: str,
     plan_file: Path | None,
     dry_run: bool,
     resume: bool,
@@ -69,8 +72,9 @@ def command(
     Writes a plan beside the script (train.upshift.toml), which `upshift run` uses, and a report. Nothing else of
     yours is touched: what the trials write lands in scratch. Ctrl-C ends with the best plan so far.
 
-    With --objective time-to-target (or cost) and a metric, techniques that change the training take part, too: a
-    larger batch, a schedule, label smoothing, averaged weights. Whole runs over several seeds decide about them.
+    With --objective time-to-target (or cost, or energy) and a metric, techniques that change the training take part,
+    too: a larger batch, a schedule, label smoothing, averaged weights. Whole runs over several seeds decide about
+    them. Energy is measured by RAPL and NVML where these can be read, else estimated from CPU time, and labelled so.
 
     \b
     Examples:
@@ -93,7 +97,7 @@ def command(
         resume=resume,
         dry_run=dry_run,
         fit=fit,
-        objective=api.Objective(objective, metric, metric_regex, goal, margin, seeds, price),
+        objective=api.Objective(objective, metric, metric_regex, goal, margin, seeds, price, watts),
         diagnose=api.DiagnoseOptions(allow_remote_writes=allow_remote_writes, patience=patience),
     )
     console = show.console()

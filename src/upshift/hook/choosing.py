@@ -144,7 +144,10 @@ def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device:
     least = wanted.require or ("update" if labelled else "trajectory")
     if _RUNG_ORDER[rung] < _RUNG_ORDER[least]:
         return Chosen({}, "", (f"{file} reached rung '{rung}', '{least}' is required; training the baseline",))
-    if plan.speedup is not None:
+    if plan.energy is not None and plan.energy.mean is not None:
+        less = f"{plan.energy.mean:.2f}x less energy ({plan.energy.basis}) to the target"
+        notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {less}, proof '{rung}'")
+    elif plan.speedup is not None:
         notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {plan.speedup:.2f}x, proof '{rung}'")
     elif plan.to_target is not None and plan.to_target.mean is not None:
         sooner = f"target {plan.to_target.mean:.2f}x sooner, another training"

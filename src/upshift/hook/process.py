@@ -73,6 +73,11 @@ class HookedChild:
         self._output = ""
         self._dead = False
 
+    @property
+    def pid(self) -> int:
+        """The main process."""
+        return self._process.pid
+
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to the child."""
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from upshift.records.quantity import Record
 from upshift.records.trial import Proof
-from upshift.records.verification import Interval
+from upshift.records.verification import Energy, Interval
 
 SCHEMA = 1
 
@@ -78,9 +78,11 @@ class Plan(Record, frozen=True):
     kept: tuple[Kept, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     objective: str = "step"
-    """What the plan makes smaller: `step`, or `time-to-target` or `cost`; then it may change the training."""
+    """What the plan makes smaller: `step`, or `time-to-target`, `cost` or `energy`; then it may change the training."""
     to_target: Interval | None = None
     """Time to the target, stock / planned, over seeds; None where the objective is the step."""
+    energy: Energy | None = None
+    """Energy to the target; None where the objective is another."""
     schema: int = SCHEMA
 
     @property

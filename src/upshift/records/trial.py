@@ -8,10 +8,12 @@ from typing import Literal
 from upshift.records.finding import Finding
 from upshift.records.measurement import Measurement
 from upshift.records.quantity import Record
-from upshift.records.verification import Verification
+from upshift.records.verification import Energy, Verification
 
 Rung = Literal["none", "update", "trajectory", "metric", "bitwise"]
-Outcome = Literal["faster", "slower", "no change", "failed", "not applicable", "not shown", "not tried"]
+Outcome = Literal[
+    "faster", "slower", "less energy", "more energy", "no change", "failed", "not applicable", "not shown", "not tried"
+]
 
 #: Rungs of the proof in order of strength.
 RUNGS: tuple[Rung, ...] = ("none", "update", "trajectory", "metric")
@@ -153,9 +155,11 @@ class TuneReport(Record, frozen=True):
     final: Pairing | None = None
     proof: Proof | None = None
     objective: str = "step"
-    """What was to become smaller: the time of a `step`, the `time-to-target`, the `cost`."""
+    """What was to become smaller: the time of a `step`, the `time-to-target`, the `cost`, the `energy`."""
     verification: Verification | None = None
     """The whole runs that decided about techniques that change the training."""
     cost: str = ""
     """What steps and the search cost, where a price was given."""
+    energy: Energy | None = None
+    """What the energy rests on, and how much less it is, where whole runs decided by it."""
     schema: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from upshift.records.quantity import Record
+from upshift.records.quantity import Basis, Record
 
 Arm = Literal["stock", "plan"]
 Answer = Literal["as good", "worse", "not shown"]
@@ -21,16 +21,30 @@ class WholeRun(Record, frozen=True):
     steps: int = 0
     notes: tuple[str, ...] = ()
     """What the guard or a technique said."""
+    joules: float | None = None
+    """Energy of the whole run; None where it was not asked for or not known."""
 
 
 class Interval(Record, frozen=True):
     """A mean over seeds with one-sided bounds at `level` each; None where it is not known."""
 
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
     level: float = 0.95
+
+
+class Energy(Interval, frozen=True, kw_only=True):
+    """Energy to the target, stock / planned. A run's is the time to its target times its mean power.
+
+    `how` says what was read, or what an estimate rests on. `stock` and `plan`: mean joules to the target.
+    """
+
+    basis: Basis
+    how: str
+    stock: float | None = None
+    plan: float | None = None
 
 
 class Verification(Record, frozen=True):
@@ -67,4 +81,6 @@ class Verification(Record, frozen=True):
     price: float | None = None
     """Per hour, in the user's currency."""
     take: Literal["last", "best"] = "last"
+    energy: Energy | None = None
+    """None where energy was not asked for."""
     schema: int = 1

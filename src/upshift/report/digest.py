@@ -22,15 +22,27 @@ def claim(report: TuneReport) -> Claim:
     """What the figures of a search allow to say, whatever its verdict sentence says.
 
     `win` needs a kept technique, a final pairing whose lower bound exceeds 1, and a proof that passed; or, where whole
-    runs decided, that these show the plan sooner at the target and as good at the end.
+    runs decided, that these show the plan sooner at the target (or to need less energy) and as good at the end.
     """
     if report.kept and report.proof is not None and report.proof.rung == "metric":
         found = report.verification
+        if report.objective == "energy" and not less_energy(report):
+            return "unproven"
         return "win" if report.proof.passed and found is not None and found.answer == "as good" else "unproven"
     if report.kept:
         proven = report.proof is not None and report.proof.passed and report.proof.rung != "none"
         return "win" if proven and words.direction(report.final) == "faster" else "unproven"
     return "interrupted" if report.interrupted else "baseline"
+
+
+def less_energy(report: TuneReport) -> bool:
+    """Whether whole runs show less energy to the target, measured or estimated, or that only the plan reaches it."""
+    found, energy = report.verification, report.energy
+    if found is None or energy is None:
+        return False
+    if energy.mean is None:
+        return found.reached == (0, found.seeds)
+    return words.finite(energy.low) and energy.low > 1.0
 
 
 def added(trial: Trial) -> dict[str, dict[str, Setting]]:
@@ -97,8 +109,8 @@ def proof_rows(report: TuneReport) -> list[ProofRow]:
 
 
 def is_kept(report: TuneReport, trial: Trial) -> bool:
-    """Whether this row speaks for something in the plan: seen faster, and all that it adds was kept."""
-    if trial.outcome != "faster" or trial.stage not in ("confirm", "screen") or not report.kept:
+    """Whether this row speaks for something in the plan: seen to be better, and all that it adds was kept."""
+    if trial.outcome not in ("faster", "less energy") or trial.stage not in ("confirm", "screen") or not report.kept:
         return False
     names = set(added(trial))
     return bool(names) and (names <= set(report.kept) or trial is final_trial(report))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from upshift import units
 from upshift.records.finding import Finding
 from upshift.records.measurement import Floor
 from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
-from upshift.records.verification import Verification
+from upshift.records.verification import Energy, Verification
 from upshift.report import digest, words
 
 NOT_PAIRED = (
@@ -22,6 +23,8 @@ NOT_PAIRED = (
 def headline(report: TuneReport) -> str:
     """The claim the figures allow, in one line."""
     kind = digest.claim(report)
+    if report.energy is not None and kind != "interrupted":
+        return _energy_headline(report, report.energy, kind)
     if kind == "win" and report.verification is not None and report.objective != "step":
         return target_text(report.verification)
     if kind == "win":
@@ -41,6 +44,49 @@ def target_text(found: Verification) -> str:
     if sooner is None or sooner.mean is None or sooner.low is None:
         return f"The target is reached in {found.reached[1]} runs, by the untouched script in {found.reached[0]}."
     return f"Target {words.ratio(sooner.mean)} sooner (at least {words.ratio(sooner.low)} at 95 %, {sooner.n} seeds)"
+
+
+def less_energy(energy: Energy) -> str:
+    """`less energy (estimated)`: the basis is part of the claim."""
+    return f"less energy ({energy.basis})"
+
+
+def energy_text(energy: Energy) -> str:
+    """`1.31x less energy (estimated) to the target (1.12x to 1.52x at 95 %), 1.2 kJ -> 0.9 kJ, 3 pairs`."""
+    if not words.finite(energy.mean):
+        return f"{words.UNKNOWN} ({energy.basis}): too few whole runs reached the target with their joules known"
+    # The factor may be below 1: the words must not claim what the figure denies.
+    what = less_energy(energy) if energy.mean > 1 else f"as a ratio of energies ({energy.basis}), stock over plan,"
+    bounds = ""
+    if words.finite(energy.low) and words.finite(energy.high):
+        bounds = f" ({words.ratio(energy.low)} to {words.ratio(energy.high)} at {words.percent(energy.level)})"
+    amounts = f", {joules_text(energy.stock)} -> {joules_text(energy.plan)}"
+    return f"{words.ratio(energy.mean)} {what} to the target{bounds}{amounts}, {energy.n} pairs"
+
+
+def joules_text(value: float | None) -> str:
+    """`1.2 kJ`."""
+    return units.si(value, "J") if words.finite(value) else words.UNKNOWN
+
+
+def outcome_text(report: TuneReport, trial: Trial) -> str:
+    """The outcome, with the basis where it is about energy: `less energy (estimated)`."""
+    about = trial.outcome in ("less energy", "more energy")
+    # Without a record of what was read nothing may pass for measured.
+    basis = report.energy.basis if report.energy is not None else words.UNKNOWN
+    return f"{trial.outcome} ({basis})" if about else trial.outcome
+
+
+def _energy_headline(report: TuneReport, energy: Energy, kind: digest.Claim) -> str:
+    less, found = less_energy(energy), report.verification
+    if kind == "baseline":
+        return f"Keep your baseline: nothing tried was shown to need {less} to the target and to be as good."
+    if kind != "win" or found is None:
+        return f"That the plan needs {less} to the target is not shown."
+    if energy.mean is None or energy.low is None:
+        return target_text(found)
+    bound = f"at least {words.ratio(energy.low)} at {words.percent(energy.level)}, {energy.n} seeds"
+    return f"Target for {words.ratio(energy.mean)} {less}: {bound}"
 
 
 def break_even_text(report: TuneReport, plan: Plan | None = None) -> str:

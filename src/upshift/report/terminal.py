@@ -30,7 +30,10 @@ from upshift.report.blocks import line as _text
 from upshift.report.blocks import title as _title
 from upshift.report.verified import times, whole_runs
 
-_OUTCOMES = {"faster": "green", "slower": "yellow", "failed": "red", "no change": "dim"}
+_OUTCOMES = {
+    "faster": "green", "less energy": "green", "slower": "yellow", "more energy": "yellow", "failed": "red",
+    "no change": "dim",
+}  # fmt: skip
 _SEVERITY = {"major": "bold yellow", "minor": "yellow", "note": "dim"}
 
 
@@ -226,7 +229,7 @@ def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = N
     style = {"win": "bold green", "baseline": "bold", "unproven": "bold yellow", "interrupted": "bold yellow"}[kind]
     parts += [_text(sentences.headline(report), style), *map(_text, words.lines(report.verdict)), Text()]
     tried, left_out = _split([t for t in digest.ordered(report.trials) if t.stage != "attribution"])
-    parts += [_head("Tried"), _indent(_trials(tried))]
+    parts += [_head("Tried"), _indent(_trials(report, tried))]
     if left_out:
         parts += [Text(), _head("Not tried"), _indent(_facts(left_out))]
     levels = sentences.levels_text(report.trials)
@@ -245,7 +248,7 @@ def render_tune(report: TuneReport, report_file: str = "", plan: Plan | None = N
     if alone or worth:
         parts += [Text(), _head("Attribution (secondary: one test each, not corrected for their number)")]
         parts += [_indent(_facts(worth))] if worth else []
-        parts += [_indent(_trials(alone))] if alone else []
+        parts += [_indent(_trials(report, alone))] if alone else []
     parts += [Text(), _indent(_facts(_ending(report, report_file, plan)), 0)]
     return Group(*parts)
 
@@ -260,7 +263,7 @@ def _split(trials: Sequence[Trial]) -> tuple[list[Trial], list[tuple[str, str]]]
     return tried, [(", ".join(names), words.clean(reason, 240)) for reason, names in reasons.items()]
 
 
-def _trials(trials: Sequence[Trial]) -> Table:
+def _trials(report: TuneReport, trials: Sequence[Trial]) -> Table:
     table = _grid(("technique", ""), ("outcome", ""), ("ratio", "right"), ("bounds", "right"), ("why", ""))
     table.columns[1].no_wrap = True
     table.columns[2].no_wrap = True
@@ -274,7 +277,7 @@ def _trials(trials: Sequence[Trial]) -> Table:
         why = trial.reason + (f": {trial.failure}" if trial.failure else "")
         table.add_row(
             name,
-            _text(*_outcome(trial)),
+            _text(*_outcome(report, trial)),
             _text(words.ratio(pairing.ratio) if pairing is not None and known else "-"),
             _text(f"{words.ratio(pairing.low)}..{words.ratio(pairing.high)}" if pairing is not None and known else ""),
             _text(words.clean(why, 240), "dim"),
@@ -284,13 +287,14 @@ def _trials(trials: Sequence[Trial]) -> Table:
     return table
 
 
-def _outcome(trial: Trial) -> tuple[str, str]:
+def _outcome(report: TuneReport, trial: Trial) -> tuple[str, str]:
     """Outcome and its colour; the stage is named, and what screening saw stays pale."""
+    told = sentences.outcome_text(report, trial)
     if trial.stage == "screen":
-        return f"{trial.outcome} (screen)", "dim"
+        return f"{told} (screen)", "dim"
     if trial.stage == "confirm":
-        return f"{trial.outcome} (confirmed)", _OUTCOMES.get(trial.outcome, "dim")
-    return trial.outcome, _OUTCOMES.get(trial.outcome, "dim")
+        return f"{told} (confirmed)", _OUTCOMES.get(trial.outcome, "dim")
+    return told, _OUTCOMES.get(trial.outcome, "dim")
 
 
 def _final(report: TuneReport) -> list[tuple[str, str]]:
@@ -331,6 +335,9 @@ def _ending(report: TuneReport, report_file: str, plan: Plan | None) -> list[tup
         rows.append(("break-even", sentences.break_even_text(report, plan)))
     if report.forecast:
         rows.append(("forecast", report.forecast))
+    if report.energy is not None:
+        rows.append(("energy", sentences.energy_text(report.energy)))
+        rows.append(("read from", words.clean(report.energy.how, 400)))
     if report.cost:
         rows.append(("cost", report.cost))
     rows.append(("search took", f"{words.duration(report.seconds)} of {words.duration(report.budget)} allowed"))
@@ -417,7 +424,7 @@ def render_plan(plan: Plan) -> RenderableType:
     if plan.to_target is not None:
         evidence = times(plan.to_target, "time to target")
     rows = [
-        ("speed-up", evidence),
+        ("time" if plan.energy is not None else "speed-up", evidence),
         ("proof", words.proof_text(plan.proof)),
         ("step", words.duration(plan.step_seconds)),
         ("break-even", paid if words.finite(plan.break_even_steps) else words.UNKNOWN),
@@ -425,6 +432,9 @@ def render_plan(plan: Plan) -> RenderableType:
         ("device", plan.device),
         ("made", f"{plan.created} in {words.duration(plan.search_seconds)}"),
     ]
+    if plan.energy is not None:
+        energy = [("energy", sentences.energy_text(plan.energy)), ("read from", words.clean(plan.energy.how, 400))]
+        rows = [*energy, *rows]
     parts: list[RenderableType] = [_title("plan", plan.script, plan.arguments), *map(_text, words.lines(plan.verdict))]
     parts += [Text(), _facts(rows), Text(), _head("Kept")]
     for item in plan.kept:

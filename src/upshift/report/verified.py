@@ -8,6 +8,7 @@ from rich.text import Text
 from upshift.records.verification import Interval, Verification
 from upshift.report import words
 from upshift.report.blocks import facts, grid, line, title
+from upshift.report.sentences import energy_text
 
 _STYLES = {"as good": "bold green", "worse": "bold red", "not shown": "bold yellow"}
 
@@ -28,9 +29,11 @@ def whole_runs(found: Verification) -> RenderableType:
         ("margin", f"{words.number(found.margin)} ({found.margin_note})"),
         ("difference", f"{_interval(found.difference)}, above zero is better"),
         ("seed spread", words.number(found.seed_spread)),
-        ("faster", times(found.speedup, "whole run, start-up included")),
+        ("faster" if found.energy is None else "time", times(found.speedup, "whole run, start-up included")),
         ("to target", _target(found)),
     ]
+    if found.energy is not None:
+        rows.append(("energy", energy_text(found.energy)))
     if found.price is not None:
         rows.append(("cost", _cost(found)))
     table = grid(("", ""), ("stock", "right"), ("plan", "right"))

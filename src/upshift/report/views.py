@@ -87,10 +87,13 @@ TUNE_NOTES = (
 def tune_claim(report: TuneReport) -> Claim:
     kind = digest.claim(report)
     if kind == "win" and report.verification is not None and report.objective != "step":
-        sooner = report.verification.target_speedup
+        sooner = report.verification.target_speedup if report.energy is None else report.energy
         big, unit = (words.ratio(sooner.mean).removesuffix("x"), "×") if sooner and sooner.mean else ("Reached", "")
         under = (sentences.headline(report), words.rung_text(report.proof))
         return Claim(kind, big, unit, under, words.lines(report.verdict), report.forecast)
+    if report.energy is not None and kind != "interrupted":
+        big = "Not shown" if kind == "unproven" else "Keep your baseline"
+        return Claim(kind, big, "", (sentences.headline(report),), words.lines(report.verdict))
     if kind == "win" and report.final is not None:
         under = (f"faster, {words.bounds_text(report.final)}", words.rung_text(report.proof))
         big = words.ratio(report.final.ratio).removesuffix("x")
@@ -117,6 +120,9 @@ def tune_strip(report: TuneReport, plan: Plan | None) -> list[Fact]:
     else:
         tried = sum(trial.pairing is not None for trial in report.trials)
         strip.append(Fact("Timed trials", f"{tried}", f"of {len(report.trials)} considered"))
+    if report.energy is not None:
+        amounts = f"{sentences.joules_text(report.energy.stock)} → {sentences.joules_text(report.energy.plan)}"
+        strip.append(Fact(f"Energy to the target, {report.energy.basis}", amounts, words.clean(report.energy.how, 300)))
     strip.append(Fact("Search", words.duration(report.seconds), f"of {words.duration(report.budget)} allowed"))
     return strip
 
@@ -128,7 +134,7 @@ def _kind(report: TuneReport, trial: Trial) -> str:
     return {"faster": "faster", "slower": "slower"}.get(way, "same")
 
 
-_PILLS = {"faster": "good", "slower": "warn", "failed": "bad"}
+_PILLS = {"faster": "good", "less energy": "good", "slower": "warn", "more energy": "warn", "failed": "bad"}
 
 
 _GROUPS = {
@@ -167,7 +173,7 @@ def tried(report: TuneReport, plan: Plan | None) -> dict[str, Any]:
         cost = f"one-off cost {words.duration(trial.one_off_seconds)}" if trial.one_off_seconds > 0 else ""
         cells.append((
             Cell(words.clean(trial.name), sentences.detail_text(trial)),
-            Cell(trial.outcome, trial.stage, pill=pill),
+            Cell(sentences.outcome_text(report, trial), trial.stage, pill=pill),
             Cell(ratio, bounds),
             Cell(words.clean(why, 2000), cost),
         ))  # fmt: skip

@@ -18,8 +18,9 @@ import msgspec
 from upshift.errors import ScriptFailedError, UsageError
 from upshift.measure.metrics import Metric, Reader
 from upshift.measure.noninferior import interval, judge, ratio, spread
+from upshift.measure.power import Meter
 from upshift.records.runlog import fold
-from upshift.records.verification import Arm, Interval, Verification, WholeRun
+from upshift.records.verification import Arm, Energy, Interval, Verification, WholeRun
 from upshift.search.duel import ArmPlan
 from upshift.sites.runner import Child, ChildSpec, Runner
 from upshift.units import seconds as in_words
@@ -27,6 +28,8 @@ from upshift.units import seconds as in_words
 #: How often a run's output is looked at: the error of a time to target.
 LOOK_EVERY = 0.2
 TELL_EVERY = 2.0
+#: How often its energy is read: counters go round, and processes end, much more slowly.
+READ_EVERY = 1.0
 
 #: Of a metric's stock value, what may be lost unless the person says otherwise.
 DEFAULT_MARGIN = 0.01
@@ -36,7 +39,7 @@ DEFAULT_MARGIN = 0.01
 class Options:
     """What the person asked for. `margin` in the metric's unit; None: 1 % of the mean stock value.
 
-    `first_seed`: seeds are this and those that follow.
+    `first_seed`: seeds are this and those that follow. `meter`: what reads the energy of the runs, where it counts.
     """
 
     metric: Metric
@@ -46,6 +49,7 @@ class Options:
     price: float | None = None
     timeout: float = 24 * 3600.0
     first_seed: int = 0
+    meter: Meter | None = None
 
 
 def spec_of(base: ChildSpec, plan: ArmPlan, seed: int) -> ChildSpec:
@@ -62,13 +66,14 @@ def whole_run(
     seed: int,
     options: Options,
     tell: Callable[[float, str], None],
-    enough: Callable[[Sequence[tuple[float, float]], float], bool] | None = None,
+    enough: Callable[[Sequence[tuple[float, float]], float | None], bool] | None = None,
 ) -> WholeRun:
     """Run the script to its end and collect the metric as it appears.
 
     Args:
         tell: called now and then with the seconds passed and the latest value in words.
-        enough: given (seconds, value) so far and the seconds passed: whether the run may be ended early.
+        enough: given (seconds, value) so far and what was spent, whether the run may be ended early. Spent are the
+            seconds passed; with a meter, the joules (None: not known).
 
     Raises:
         ScriptFailedError: it ended with an error, or ran into the time limit.
@@ -78,19 +83,23 @@ def whole_run(
     child = runner.start(spec, name=arm)
     began = time.monotonic()
     read: dict[Path, int] = {}
-    told = 0.0
+    told = looked = 0.0
+    joules: float | None = None
     try:
+        power = options.meter.begin(child.pid) if options.meter is not None else None
         code: int | None = None
         while code is None:
             message = child.receive(LOOK_EVERY)
             at = time.monotonic() - began
             _read_on(child, reader, read, at)
+            if power is not None and at - looked >= READ_EVERY:
+                looked, joules = at, power()
             kind = (message or {}).get("kind")
             if message is not None and kind == "refused":
                 raise ScriptFailedError(str(message.get("text", "")), remedy=str(message.get("remedy", "")))
             if message is not None and kind == "gone":
                 code = int(message.get("code") or 0)
-            elif enough is not None and enough(_so_far(reader), at):
+            elif enough is not None and enough(_so_far(reader), at if power is None else joules):
                 break
             elif at > options.timeout:
                 raise ScriptFailedError(
@@ -101,9 +110,11 @@ def whole_run(
                 told = at
                 tell(at, _latest(reader))
         seconds = time.monotonic() - began
+        joules = power() if power is not None else None  # before `kill`, which lets the process go
         reader.end(seconds)
         if code is None:
-            return WholeRun(arm=arm, seed=seed, seconds=seconds, code=0, values=tuple(_so_far(reader)))
+            values = tuple(_so_far(reader))
+            return WholeRun(arm=arm, seed=seed, seconds=seconds, code=0, values=values, joules=joules)
         if code != 0:
             tail = "\n".join(child.output().strip().splitlines()[-8:])
             raise ScriptFailedError(f"the {arm} run with seed {seed} ended with exit code {code}:\n{tail}")
@@ -116,6 +127,7 @@ def whole_run(
             values=tuple(reader.series()),
             steps=record.steps,
             notes=tuple(event.text for event in record.events if event.kind == "guard"),
+            joules=joules,
         )
     finally:
         child.kill()
@@ -230,6 +242,30 @@ def reached(run: WholeRun, metric: Metric) -> float | None:
     return next((at for at, value in run.values if metric.better(value, metric.target)), None)
 
 
+def joules_to(run: WholeRun, metric: Metric) -> float | None:
+    """Joules until the target was seen: the time to it times the run's mean power; None where one is not known."""
+    at = reached(run, metric)
+    if at is None or run.joules is None or run.joules <= 0.0 or run.seconds <= 0.0:
+        return None
+    return at * run.joules / run.seconds
+
+
+def _energy(pairs: Sequence[tuple[WholeRun, WholeRun]], options: Options) -> Energy | None:
+    """Energy to the target, where every run reached it and all joules are known; None where it was not asked for."""
+    if options.meter is None:
+        return None
+    spent = [(joules_to(a, options.metric), joules_to(b, options.metric)) for a, b in pairs]
+    stock = [a for a, _ in spent if a is not None]
+    planned = [b for _, b in spent if b is not None]
+    found = Interval(None, None, None, 0)
+    if pairs and len(stock) == len(planned) == len(pairs):
+        found = ratio(stock, planned)
+    return Energy(
+        found.mean, found.low, found.high, found.n, found.level, basis=options.meter.basis, how=options.meter.how,
+        stock=sum(stock) / len(stock) if stock else None, plan=sum(planned) / len(planned) if planned else None,
+    )  # fmt: skip
+
+
 def conclude(runs: Sequence[WholeRun], options: Options, blank: Verification) -> Verification:
     """Judge the pairs of runs with the same seed.
 
@@ -277,6 +313,7 @@ def conclude(runs: Sequence[WholeRun], options: Options, blank: Verification) ->
         target_speedup=target_speedup,
         reached=hits,
         seed_spread=spread(stock) if len(stock) > 1 else None,
+        energy=_energy(pairs, options),
     )
 
 

@@ -37,6 +37,10 @@ class Child(Protocol):
     name: str
     record: Path
 
+    @property
+    def pid(self) -> int:
+        """The main process; its number stays its own until `kill`."""
+
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. Raises `ChildGone` if the child has ended."""
 
