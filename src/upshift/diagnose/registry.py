@@ -53,6 +53,7 @@ RULES = {
         "overfitting",
         "no_early_stopping",
         "constant_rate",
+        "batch_below_noise_scale",
         "no_validation",
         "decay_on_norms",
         "no_seed",

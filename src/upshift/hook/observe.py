@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
+from upshift import units
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.events import DevicePhases, StreamEvent
 from upshift.hook.horizon import Horizon
+from upshift.hook.noise import LEAST, NoiseListener, steps_within
 from upshift.hook.overhead import fault_seconds, watching_cost
 from upshift.hook.recipe import Recipe
 from upshift.hook.scriptfacts import Traits, script_facts
@@ -27,11 +29,14 @@ from upshift.measure.sampler import HostSampler
 from upshift.measure.stats import mean_interval, narrow_enough
 from upshift.measure.steps import StepRecord, loss_values, median_of, total_loss
 from upshift.records import LineCost, Measurement, Quantity, ScriptFacts
+from upshift.records.recipe import GradientNoise
 from upshift.sites.runner import ChildSpec
 
 #: The step whose FLOPs are counted (its time is left out): late enough for optimizer state to exist.
 COUNTED = 3
 MOST_STEPS = 5000
+#: Part of the time that may go to the gradient noise, after the steps that are timed.
+NOISE = 0.3
 
 
 class DiagnoseController(Controller):
@@ -58,6 +63,8 @@ class DiagnoseController(Controller):
         self.horizon = Horizon()
         self.horizon.install()
         self.recipe = Recipe()
+        self.listener: NoiseListener | None = None
+        self.noise: GradientNoise | None = None
         self.traits = Traits()
         self.first_step: float | None = None
         self.told = 0.0
@@ -80,6 +87,11 @@ class DiagnoseController(Controller):
             # Something swallowed the end of the watching (a thread): nothing of the script may go on.
             self._hold()
         now = time.perf_counter()
+        if self.listener is not None:
+            self._keep_alive()
+            if self.listener.step_ended():
+                self._end("enough seen")
+            return
         self.records.append(record)
         self._keep_alive()
         if self.events is not None:
@@ -109,7 +121,11 @@ class DiagnoseController(Controller):
         if now - self.told > 0.25:
             self.told = now
             self._tell({"kind": "progress", "steps": len(self.records), "seconds": now - self.first_step})
-        if self._enough(now - self.first_step):
+        elapsed = now - self.first_step
+        enough = self._enough(elapsed)
+        if (enough or self._last_chance(elapsed)) and self.noise is None and self._listen(elapsed):
+            return
+        if enough:
             self._end("enough seen")
 
     def _keep_alive(self) -> None:
@@ -161,6 +177,43 @@ class DiagnoseController(Controller):
         # An interval can only be trusted from enough independent stretches.
         return elapsed >= min(6.0, self.limit) and narrow_enough(found.step, 0.02)
 
+    def _last_chance(self, elapsed: float) -> bool:
+        """Whether the rest of the time is what the gradient noise needs."""
+        n = len(self.records)
+        if n < self.least_steps or elapsed < (1.0 - NOISE) * self.limit:
+            return False
+        return steps_within(self.limit - elapsed, elapsed / n) > 0
+
+    def _listen(self, elapsed: float) -> bool:
+        """Go on to the gradient noise, if it can be heard; what times the steps is done then. Asked once."""
+        if "most_steps" in self.spec.options:
+            self.noise = GradientNoise(why="no more steps than those timed were wanted")
+            return False
+        seconds, step = min(NOISE * self.limit, max(self.limit - elapsed, 0.0)), elapsed / len(self.records)
+        steps = steps_within(seconds, step)
+        if not steps:
+            room = units.seconds(NOISE * self.limit)
+            text = f"{LEAST} more steps of {units.seconds(step)} do not fit into {room}; a longer --seconds makes room"
+            self.noise = GradientNoise(why=text)
+            return False
+        training = self._training_loader()
+        try:
+            epoch = None if training is None else len(training) / max(self._batches_per_step(), 1e-9)
+        except (TypeError, NotImplementedError):
+            epoch = None
+        listener = NoiseListener(self.watch, self.torch, steps=steps, seconds=seconds, epoch=epoch)
+        if why := listener.obstacle():
+            self.noise = GradientNoise(why=why)
+            return False
+        for instrument in (self.syncs, self.events):
+            if instrument is not None:
+                instrument.close()
+        if self.sampler is not None:
+            self.sampler.stop()
+        listener.begin()
+        self.listener = listener
+        return True
+
     def _trace(self, record: StepRecord) -> None:
         """A capped profiler trace of three steps, on request only."""
         if not self.trace_file:
@@ -177,7 +230,9 @@ class DiagnoseController(Controller):
 
     def finish(self, error: BaseException | None) -> None:
         """The script ended by itself: report what was seen up to there."""
-        if not self.done:
+        if self.listener is not None and not self.done:
+            self._end("enough seen", hold=False)  # enough had been seen before; how it ends without updates is nothing
+        elif not self.done:
             self._end(describe(error), code=exit_code(error), hold=False)
 
     # -- the report ----------------------------------------------------------------------------------------------
@@ -187,6 +242,9 @@ class DiagnoseController(Controller):
         _flush()
         if self.sampler is not None:
             self.sampler.stop()
+        if self.listener is not None:
+            self.noise = self.listener.found()
+            self.listener.close()
         message: dict[str, Any] = {"kind": "diagnosis", "how": how, "code": code, "steps": len(self.records)}
         if self.records and self.torch is not None:
             message["measurement"] = msgspec.to_builtins(self.measurement())
@@ -270,6 +328,8 @@ class DiagnoseController(Controller):
             notes.append("the script uses torch.autograd.grad only: its loss is not seen, so nothing can be proven")
         if len(self.watch.optimizers) > 1:
             notes.append(f"{len(self.watch.optimizers)} optimizers make one global step")
+        if self.noise is not None and self.noise.why:
+            notes.append(f"the noise of the gradient is not known: {self.noise.why}")
         return tuple(notes)
 
     def _training_loader(self) -> Any:
@@ -289,18 +349,21 @@ class DiagnoseController(Controller):
             per_epoch = len(training) if training is not None else None
         except TypeError:
             pass
-        batches_per_step = mean_interval([float(r.batches) for r in self.records[-50:]]).or_else(1.0)
         found = script_facts(watch, self.traits, self.torch, "" if self.spec.module else self.spec.target)
         return msgspec.structs.replace(
             found,
             losses=tuple(self.losses[:200]),
             page_faults=self._page_faults(),
             fault_seconds=fault_seconds(),
-            steps_total=self.horizon.steps(per_epoch, batches_per_step),
-            recipe=self.recipe.facts(
-                watch, self.records, self.losses, [self._folder() / file for file in self._files()]
+            steps_total=self.horizon.steps(per_epoch, self._batches_per_step()),
+            recipe=msgspec.structs.replace(
+                self.recipe.facts(watch, self.records, self.losses, [self._folder() / file for file in self._files()]),
+                noise=self.noise,
             ),
         )
+
+    def _batches_per_step(self) -> float:
+        return mean_interval([float(r.batches) for r in self.records[-50:]]).or_else(1.0)
 
     def _page_faults(self) -> float | None:
         """Median over the later half of the steps; the first ones fault in what is then kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upshift.records.quantity import Record
+from upshift.records.quantity import Quantity, Record, unknown
 
 #: Optimizers that set their own steps, by a part of their names.
 _OWN_STEPS = ("schedulefree", "prodigy", "dadapt", "lbfgs", "rprop", "adafactor")
@@ -47,6 +47,25 @@ class Scores(Record, frozen=True):
     evaluation: float
 
 
+class GradientNoise(Record, frozen=True):
+    """How much of a step's gradient is noise, at the last weights of the time watched.
+
+    G is the gradient over all data, B the batch of a step, Sigma the covariance of the gradient of one sample.
+    """
+
+    scale: Quantity = unknown("batches")
+    """tr(Sigma) / |G|^2 in batches of B samples. No value where |G|^2 was lost in the noise, and no high end where its
+    own interval reaches zero; the low end holds then, too."""
+    signal: Quantity = unknown("squared gradient")
+    """|G|^2."""
+    variance: Quantity = unknown("squared gradient")
+    """tr(Sigma) / B."""
+    steps: int = 0
+    """Steps whose gradients were used."""
+    why: str = ""
+    """Why the scale is not known."""
+
+
 class RecipeFacts(Record, frozen=True):
     """What rules about the recipe need to know. A default means: not seen."""
 
@@ -81,3 +100,4 @@ class RecipeFacts(Record, frozen=True):
     decayed_vectors: int = 0
     """Norms and biases (fewer than two dimensions) under that decay."""
     scores: tuple[Scores, ...] = ()
+    noise: GradientNoise | None = None
