@@ -52,7 +52,10 @@ def main() -> int:
             root.mkdir()
             found = count(root)
             bad += len(found.problems)
-            print(f"{found.name:<32} {found.tried:>7,} {len(found.problems):>9} {found.seconds:>8.1f}  {found.note}")
+            print(
+                f"{found.name:<32} {found.tried:>7,} {len(found.problems):>9} {found.seconds:>8.1f}  {found.note}",
+                flush=True,
+            )
             for problem in found.problems[:10]:
                 print(f"    {problem}")
     return 1 if bad else 0

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from upshift.checkpoint.store import Store
 from upshift.testing import crashes
 from upshift.testing.disks import RecordingDisk
+
+
+@pytest.fixture
+def ram(tmp_path):
+    """A folder on a memory filesystem where there is one: what is tested is the order of calls, not the disk."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="upshift-test-", dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 def test_killed_at_every_io_call_nothing_acknowledged_is_lost(ram):

@@ -112,7 +112,14 @@ def test_the_reference_is_what_it_should_be(reference):
             assert sum(n for _, _, n, _ in parts) == samples
             for indices, _, _, (values, labels) in parts:
                 assert labels == indices and [row[0] for row in values] == indices
-    assert len({str(epoch) for epoch in reference}) == 3
+    noise = {
+        (number, index): tuple(row[1:])
+        for number, epoch in enumerate(reference)
+        for _, _, parts in epoch
+        for indices, _, _, (rows, _) in parts
+        for index, row in zip(indices, rows, strict=True)
+    }
+    assert len(noise) == len(set(noise.values())) == 3 * N
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -337,6 +344,7 @@ def test_a_killed_worker_is_replaced_and_each_sample_comes_once(reference):
     assert len(told) == 1 and "killed by SIGKILL" in told[0] and "started again at sample" in told[0]
     for pid in workers_of(data):
         os.kill(pid, signal.SIGKILL)
+    time.sleep(0.3)
     with pytest.raises(DataError, match=r"again after \d+ batches, at sample \d+ of epoch 1"):
         for number, _ in enumerate(data.epoch(1)):
             if number == 2:
@@ -383,7 +391,7 @@ def test_workers_end_when_the_training_is_killed(tmp_path):
     done = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
-    until = time.monotonic() + 5
+    until = time.monotonic() + 3.5  # PyTorch alone takes up to five seconds
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
         assert time.monotonic() < until, "workers are left behind"
         time.sleep(0.05)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from ranked import Started
+import torch
+import torch.distributed.run
+from ranked import CONTEXT, WIDTH, Started, build
 
 from upshift.engine.group import LOST, Group
+from upshift.engine.watch import BEAT
 
 #: Seconds within which everybody is out once a rank or the launcher is gone.
 OUT = 5.0
@@ -30,7 +31,17 @@ def _stuck_in_python() -> None:
 
 def _stuck_in_native_code() -> None:
     # PyDLL keeps the interpreter's lock, so no thread of this process can answer.
-    ctypes.PyDLL(None).sleep(120)
+    empty, _ = os.pipe()
+    ctypes.PyDLL(None).read(empty, ctypes.create_string_buffer(1), 1)
+
+
+def _out_of_memory_in_fsdp2(group: Any) -> None:
+    """Rank 1 runs out of memory where rank 0 already waits for it."""
+    module = group.wrap(build(), "fsdp2")
+    with group.no_sync(last=True):
+        if group.rank == 1:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        module(torch.ones(2, WIDTH, dtype=torch.float64)).mean().backward()
 
 
 def _part(folder: str, first: str, second: str, timeout: float) -> Any:
@@ -39,6 +50,8 @@ def _part(folder: str, first: str, second: str, timeout: float) -> Any:
         for step in range(3):
             group.at(step, "training")
             group.agree([1.0])
+        # Long enough to be heard of.
+        time.sleep(1.2 * BEAT)
         Path(folder, f"ready-{group.rank}").touch()
         what = second if group.rank else first
         if what == "agree":
@@ -49,8 +62,8 @@ def _part(folder: str, first: str, second: str, timeout: float) -> Any:
             _stuck_in_native_code()
         elif what == "raise":
             raise ValueError("no such file: data.csv")
-        elif what == "give up":
-            group.give_up("out of memory in the forward pass")
+        elif what == "full":
+            _out_of_memory_in_fsdp2(group)
     return None
 
 
@@ -89,10 +102,10 @@ def test_a_rank_is_killed(tmp_path, started, first):
 def test_a_rank_stands_still(tmp_path, started):
     """Row 12: frozen, stuck in Python, stuck in native code; found within the timeout and named, with its stack."""
     frozen = begin(tmp_path / "frozen", "agree", "python")
+    os.kill(frozen.ranks[1].pid, signal.SIGSTOP)
     python = begin(tmp_path / "python", "agree", "python")
     native = begin(tmp_path / "native", "agree", "native")
     started += [frozen, python, native]
-    os.kill(frozen.ranks[1].pid, signal.SIGSTOP)
     for ranks in (frozen, python, native):
         ranks.ranks[0].join(TIMEOUT + 15)
         assert ranks.ranks[0].exitcode == LOST
@@ -109,13 +122,14 @@ def test_a_rank_stands_still(tmp_path, started):
 
 
 @pytest.mark.parametrize(
-    ("second", "code", "said"),
+    ("what", "code", "said"),
     [("raise", 1, "rank 1 ended: ValueError: no such file: data.csv"),
-     ("give up", LOST, "rank 1 gave up: out of memory in the forward pass")],
+     ("full", LOST, "rank 1 gave up: out of memory while the ranks exchange")],
 )  # fmt: skip
-def test_a_rank_ends_and_says_why(tmp_path, started, second, code, said):
-    ranks = begin(tmp_path / "a", "python", second, timeout=120)
+def test_a_rank_ends_and_says_why(tmp_path, started, what, code, said):
+    ranks = begin(tmp_path / "a", "python" if what == "raise" else what, what, timeout=120)
     started.append(ranks)
+    ranks.ranks[1].join(OUT)
     ranks.ranks[0].join(OUT)
     assert ranks.ranks[0].exitcode == LOST
     first, other = ranks.wait()
@@ -148,20 +162,20 @@ def test_the_launcher_is_killed(tmp_path):
     """Row 13: no orphans, not even one that ignores SIGTERM."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher = subprocess.Popen([*command, str(script), str(tmp_path)], start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    arguments = ["--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    launcher = CONTEXT.Process(target=torch.distributed.run.main, args=(arguments,))
+    launcher.start()
     pids: list[int] = []
     try:
         until = time.monotonic() + 90
         files = [tmp_path / f"pid-{rank}" for rank in (0, 1)]
         while not all(file.exists() and file.read_text() for file in files):
-            assert launcher.poll() is None and time.monotonic() < until, "the ranks did not start"
+            assert launcher.is_alive() and time.monotonic() < until, "the ranks did not start"
             time.sleep(0.05)
         pids = [int(file.read_text()) for file in files]
         assert all(_alive(pid) for pid in pids)
         launcher.kill()
-        launcher.wait()
+        launcher.join()
         until = time.monotonic() + OUT
         while any(_alive(pid) for pid in pids) and time.monotonic() < until:
             time.sleep(0.05)

@@ -166,6 +166,7 @@ def _talk() -> Any:
         found["broadcast"] = group.broadcast([group.rank, None, "ö"])
         model = _Uneven()
         module = group.wrap(model, "ddp")
+        found["unwrapped"] = module is not model and group.unwrap(torch.compile(module, backend="eager")) is model
         with group.no_sync(last=True):
             module(torch.ones(3, 2) * torch.arange(3).unsqueeze(1) * (group.rank + 1), group.rank).mean().backward()
         group.reduce_gradients(model.parameters())
@@ -190,6 +191,7 @@ def test_ranks_agree_and_average(tmp_path):
     assert math.isnan(first["nan"][0]) and first["nan"][1] == 4.0
     assert first["gather"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}] and second["gather"] is None
     assert first["broadcast"] == second["broadcast"] == [0, None, "ö"]
+    assert first["unwrapped"]
     # A gradient that one rank lacks counts as zero there; one that all lack stays away (weight decay would act on it).
     assert first["grads"] == second["grads"]
     assert first["grads"]["one"] == [1.0, 1.0] and first["grads"]["none"] is None
@@ -198,3 +200,37 @@ def test_ranks_agree_and_average(tmp_path):
     assert first["running"] == second["running"] == pytest.approx([0.1, 0.1])
     assert "sparse=False" in first["sparse"] and "sparse=False" in second["sparse"]
     assert first["state"] == second["state"] and "not in the model: other" in first["state"]
+
+
+def _overlapped() -> Any:
+    with Group.here(device="cpu") as group:
+        torch.manual_seed(5)
+        model = torch.nn.Linear(3, 2).double()
+        module = group.wrap(model, "ddp")
+        # What CUDA does after the first steps: torch's reducer works during the last backward pass.
+        group._overlaps = True
+        found = []
+        for step in range(2):
+            rows = torch.arange(8, dtype=torch.float64).view(8, 1) * torch.ones(3) + step
+            parts = rows.chunk(2)[group.rank].split(2)
+            for number, part in enumerate(parts):
+                with group.no_sync(last=number == 1):
+                    (module(part).square().mean() / 2).backward()
+            before = model.weight.grad.clone()
+            group.reduce_gradients(model.parameters())
+            found.append([model.weight.grad.tolist(), bool((before == model.weight.grad).all())])
+            model.zero_grad(set_to_none=True)
+        return found
+
+
+def test_torch_s_own_reducer_gives_the_same_gradient(tmp_path):
+    torch.manual_seed(5)
+    model = torch.nn.Linear(3, 2).double()
+    first, second = ranked.run(2, _overlapped, folder=tmp_path)
+    assert first == second
+    for step, (gradient, untouched) in enumerate(first):
+        rows = torch.arange(8, dtype=torch.float64).view(8, 1) * torch.ones(3) + step
+        model.zero_grad()
+        model(rows).square().mean().backward()
+        same(gradient, model.weight.grad.tolist())
+        assert untouched

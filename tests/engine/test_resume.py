@@ -24,7 +24,7 @@ from upshift.errors import InUseError, ResumeError
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import tiny_jobs  # noqa: E402
-from tiny_jobs import augmented, full  # noqa: E402
+from tiny_jobs import augmented, full, plain  # noqa: E402
 
 
 class Stop(Exception):
@@ -216,3 +216,76 @@ def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 143
+
+
+# -- several processes --------------------------------------------------------------------------------------------
+
+
+def launched(out, processes, *arguments):
+    """A run of several ranks to its end; what it said."""
+    done = start(out, "--nproc", str(processes), *arguments) if processes > 1 else start(out, *arguments)
+    text, said = done.communicate(timeout=240)
+    assert done.returncode == 0, said
+    return text + said
+
+
+def state(out):
+    from upshift.checkpoint.store import Store
+
+    store = Store(out)
+    return store.load(store.newest(), rank=0)[0]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(parallel, tmp_path):
+    launched(tmp_path / "two", 2, "--parallel", parallel, "--micro-batch", "9", "tiny_jobs.py:plain")
+    alone = run(plain)
+    weights = state(tmp_path / "two")["model"]
+    assert max(float((weights[name] - value).abs().max()) for name, value in alone.model.state_dict().items()) < 1e-5
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
+    """World size 2, then 1, then 2: the order of samples is that of one process, and so is the training."""
+    out = tmp_path / "run"
+    job = ("--set", "epochs=6", "tiny_jobs.py:plain")
+    launched(out, 2, "--set", "epochs=2", "tiny_jobs.py:plain")
+    launched(out, 1, "--set", "epochs=4", "tiny_jobs.py:plain")
+    said = launched(out, 2, *job)
+    assert "1 processes then, 2 now" in said
+    alone = run(plain.set(epochs=6))
+    weights = state(out)["model"]
+    assert max(float((weights[name] - value).abs().max()) for name, value in alone.model.state_dict().items()) < 1e-4
+
+
+def test_a_killed_rank_is_started_again_and_goes_on_bitwise(tmp_path):
+    launched(tmp_path / "whole", 2, "--save-every", "2", "--set", "epochs=12", "tiny_jobs.py:slow")
+    process = start(tmp_path / "run", "--nproc", "2", "--save-every", "2", "--set", "epochs=12", "tiny_jobs.py:slow")
+    begun(tmp_path / "run", process, 6)
+    import psutil
+
+    ranks = [
+        item for item in psutil.Process(process.pid).children(recursive=True) if "upshift.cli.job" in item.cmdline()
+    ]
+    ranks[-1].kill()
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    from upshift.checkpoint.compare import differences
+
+    a, b = state(tmp_path / "whole"), state(tmp_path / "run")
+    for item in (a, b):
+        item["progress"].pop("seconds")
+    assert differences(a, b) == []
+
+
+# -- killed at random ---------------------------------------------------------------------------------------------
+
+
+def test_twenty_kills_change_nothing(tmp_path):
+    from upshift.testing.kills import Counts, killed_until_done
+
+    totals = Counts()
+    job = full.set(epochs=12, schedule=None)
+    for seed in (1, 2):
+        totals.add(killed_until_done(job, tmp_path, kills=10, seed=seed, settings={"save_steps": 2}, longest=0.3))
+    assert totals.kills >= 10
+    assert (totals.unreadable, totals.lost, totals.different, totals.failed) == (0, 0, 0, 0), totals.notes

@@ -190,6 +190,19 @@ def test_a_builder_of_torch_is_stepped_as_a_script_would():
     assert torch.equal(model.weight, other.weight)
 
 
+def test_a_scheduler_of_torch_may_count_epochs():
+    optimizer = sgd(1.0)
+    bound = schedules.bind(
+        schedules.from_torch(lambda o: lr_scheduler.ExponentialLR(o, 0.5), "1 epoch"), optimizer, SPAN
+    )
+    rates = []
+    for step in range(STEPS):
+        bound(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    assert rates == [0.5 ** (step // 10) for step in range(STEPS)]
+
+
 def test_the_state_of_a_scheduler_is_plain():
     _, optimizer = made()
     bound = schedules.bind(lambda o: lr_scheduler.MultiStepLR(o, [2, 2, 5]), optimizer, SPAN)

@@ -8,6 +8,7 @@ from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, diagnose
 from upshift.api.jobs import JobOptions, parse_settings, run_job
 from upshift.api.machines import doctor, selftest
 from upshift.api.objective import Objective
+from upshift.api.resuming import Resumed, ResumeOptions, verify_resume
 from upshift.api.running import RunOptions, choose_plan, run
 from upshift.api.stored import latest_run, load, report_behind
 from upshift.api.target import Say, Target
@@ -20,6 +21,8 @@ __all__ = [
     "Inventory",
     "JobOptions",
     "Objective",
+    "ResumeOptions",
+    "Resumed",
     "RunOptions",
     "Say",
     "Target",
@@ -40,4 +43,5 @@ __all__ = [
     "selftest",
     "tune",
     "verify",
+    "verify_resume",
 ]

@@ -46,6 +46,7 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace: float = 30.0
     notice: str = ""
     parallel: str = "ddp"
+    stop_at: int | None = None
     quiet: bool = False
     environment: dict[str, str] = {}
 

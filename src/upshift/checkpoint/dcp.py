@@ -49,10 +49,14 @@ def write(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from torch.distributed import checkpoint
+    import warnings
+
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder.mkdir(mode=0o700)
-    checkpoint.save(dict(weights), checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it warns of writing from one process, which is what we want
+        save(dict(weights), checkpoint_id=folder, no_dist=True)
 
 
 def _shapes(index: Named, room: int) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -99,6 +103,7 @@ def _filled(
             fill(Disk(), fd, memoryview(raw))
         stream = io.BytesIO(raw)
         check_pt(stream)
+        stream.seek(0)
         chunk = torch.load(stream, map_location="cpu", weights_only=True)
         offset = _sizes(place.state["offset"]) if place.state.get("offset") is not None else [0] * len(shape)
         if name not in found:

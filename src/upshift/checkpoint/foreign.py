@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 _TRUST = "If you trust where it comes from, load it with trust_pickle, for this file only; or save plain weights anew."
-_REBUILDS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}
+_REBUILDS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
 _HARMLESS = {"collections.OrderedDict", "torch.Size", "torch._utils._rebuild_parameter", "torch.device", "persistent"}
 _NAME_WEIGHTS = "Name weights: a .safetensors or .pt file, or a folder written by torch.distributed.checkpoint."
 
@@ -136,7 +136,9 @@ def _pt(path: Path, trust_pickle: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except Exception as error:  # whatever the code of a trusted pickle raises, too
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        # torch explains at length, and recommends to trust the file.
+        text = lines[0].partition(". In PyTorch")[0]
         raise CheckpointError(f"torch cannot load it: {text:.200}.", remedy=_TRUST) from None
 
 
@@ -168,20 +170,36 @@ def check_pt(file: Any) -> None:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"its archive is damaged: {error!s:.120}.") from None
     for call in look(data)[1]:
-        _check_call(call, sizes)
+        try:
+            _check_call(call, sizes)
+        except (ValueError, TypeError, IndexError, AttributeError):
+            raise CheckpointError(f"its call of {call.name!s:.80} is not as torch writes it.", remedy=_TRUST) from None
 
 
 def _check_call(call: Named, sizes: dict[str, int]) -> None:
     args = call.args or ()
-    if call.name == "persistent":
+    if call.args is None:
+        if call.name not in _REBUILDS | _HARMLESS and not _is_dtype(call.name):
+            raise CheckpointError(f"loading it would use {call.name!s:.120}.", remedy=_TRUST)
+    elif call.name == "persistent":
         _storage_bytes(call, sizes)
     elif call.name in _REBUILDS:
         storage, offset, shape, stride = args[:4]
         size, room = _storage_bytes(storage, sizes)
+        if call.name.endswith("_v3"):  # bytes, and a dtype of their own
+            size = _itemsize(args[6])
         if not isinstance(offset, int) or offset < 0 or (offset + reach(_ints(shape), _ints(stride))) * size > room:
             raise CheckpointError(f"a tensor of shape {_ints(shape)} reaches beyond the {room:,} bytes it has.")
     elif call.name not in _HARMLESS:
         raise CheckpointError(f"loading it would call {call.name!s:.120}.", remedy=_TRUST)
+
+
+def _is_dtype(name: str) -> bool:
+    """Whether a global is one of torch's dtypes or kinds of storage."""
+    import torch
+
+    short = name.removeprefix("torch.")
+    return short in _ELEMENT or (name.startswith("torch.") and isinstance(getattr(torch, short, None), torch.dtype))
 
 
 def _storage_bytes(storage: Any, sizes: dict[str, int]) -> tuple[int, int]:
@@ -195,6 +213,15 @@ def _storage_bytes(storage: Any, sizes: dict[str, int]) -> tuple[int, int]:
         return size, numel * size
     except (AttributeError, TypeError, ValueError, KeyError):
         raise CheckpointError("one of its storages is not as torch writes them.", remedy=_TRUST) from None
+
+
+def _itemsize(dtype: Any) -> int:
+    import torch
+
+    found = getattr(torch, dtype.name.removeprefix("torch."), None) if isinstance(dtype, Named) else None
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError("one of its tensors has no dtype.", remedy=_TRUST)
+    return found.itemsize
 
 
 def _ints(shape: Any) -> list[int]:

@@ -35,7 +35,7 @@ class Named:
 
 
 def look(data: bytes) -> tuple[Any, list[Named]]:
-    """The object a pickle would build, of plain containers and `Named`, and everything it would call.
+    """The object a pickle would build, of plain containers and `Named`, and everything it names or would call.
 
     Raises:
         CheckpointError: no pickle, or one with opcodes that weights do not need.
@@ -46,7 +46,7 @@ def look(data: bytes) -> tuple[Any, list[Named]]:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.step(opcode.name, argument)
-        return machine.stack.pop(), machine.calls
+        return machine.stack.pop(), machine.used
     except CheckpointError:
         raise
     except Exception as error:
@@ -56,7 +56,7 @@ def look(data: bytes) -> tuple[Any, list[Named]]:
 class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.calls: list[Named] = []
+        self.used: list[Named] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
@@ -93,9 +93,10 @@ class _Machine:
         stack = self.stack
         if name == "GLOBAL":
             stack.append(Named(argument.replace(" ", ".", 1)))
+            self.used.append(stack[-1])
         elif name == "BINPERSID":
             stack.append(Named("persistent", tuple(stack.pop())))
-            self.calls.append(stack[-1])
+            self.used.append(stack[-1])
         elif name == "BUILD":
             state = stack.pop()
             if isinstance(stack[-1], Named):
@@ -104,10 +105,11 @@ class _Machine:
             last, first = stack.pop(), stack.pop()
             if name == "STACK_GLOBAL":
                 stack.append(Named(f"{first}.{last}"))
+                self.used.append(stack[-1])
                 return
             called = first.name if isinstance(first, Named) and first.args is None else "something computed"
             stack.append(Named(called, tuple(last)))
-            self.calls.append(stack[-1])
+            self.used.append(stack[-1])
 
     def _tuple(self, start: int) -> None:
         items = self._above(start)

@@ -20,8 +20,11 @@ from upshift.errors import CheckpointError
 #: A larger state.json is refused. A training of 10,000 parameters takes about 5 MB of it.
 MAX_STATE = 32 * 2**20
 
-#: Brackets and commas in it, which bound how many values parsing can make: at most about 100 MB of them.
-MAX_SIGNS = 2_500_000
+#: Brackets and commas in a rank's part, which bound how many values parsing can make: at most about 60 MB of them.
+MAX_SIGNS = 1_500_000
+
+
+_LONG = "Keep long lists of numbers in tensors."
 
 
 class _Rank(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,22 +123,12 @@ class Reader:
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error.message}") from None
 
-    def too_large(self, state: bytes | bytearray) -> str:
-        """Why a state cannot be read back within bounds; empty when it can."""
-        if len(state) > MAX_STATE:
-            return f"{STATE} has {len(state):,} bytes, more than {MAX_STATE:,}"
-        # Every value but the first follows a bracket or a comma.
-        if (signs := sum(state.count(sign) for sign in (b"[", b"{", b","))) > MAX_SIGNS:
-            return f"{STATE} holds up to {signs:,} values, more than {MAX_SIGNS:,}"
-        return ""
-
     def _state(self, data: bytearray, world: int, rank: int) -> _Rank:
-        if problem := self.too_large(data):
-            raise CheckpointError(f"{problem}.")
         try:
             state = msgspec.json.decode(data, type=_State)
             if state.schema != 1 or len(state.ranks) != world:
                 raise CheckpointError(f"{STATE} belongs to another version or number of ranks.")
+            check_values(bytes(state.ranks[rank]))
             return msgspec.json.decode(state.ranks[rank], type=_Rank)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{STATE} cannot be read: {error!s:.200}.") from None
@@ -157,6 +150,28 @@ class Reader:
         if io.digest(self._disk, fd) != expected.sha256:
             return f"{file} is damaged (its digest differs)"
         return ""
+
+
+def state_file(ranks: list[Any]) -> bytes:
+    """The bytes of state.json, a part per rank.
+
+    Raises:
+        CheckpointError: larger than what is read back.
+    """
+    parts = [msgspec.json.encode(part) for part in ranks]
+    for part in parts:
+        check_values(part)
+    data = msgspec.json.encode(_State(1, [msgspec.Raw(part) for part in parts]))
+    if len(data) > MAX_STATE:
+        raise CheckpointError(f"{STATE} has {len(data):,} bytes, more than {MAX_STATE:,}.", remedy=_LONG)
+    return data
+
+
+def check_values(part: bytes) -> None:
+    """Raises CheckpointError where a rank's part holds more values than are read back."""
+    # Every value but the first follows a bracket or a comma.
+    if (signs := sum(part.count(sign) for sign in (b"[", b"{", b","))) > MAX_SIGNS:
+        raise CheckpointError(f"{STATE} holds up to {signs:,} values, more than {MAX_SIGNS:,}.", remedy=_LONG)
 
 
 def _memory() -> int:

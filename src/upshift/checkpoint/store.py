@@ -25,8 +25,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from upshift.checkpoint import disk as io
 from upshift.checkpoint import manifest as manifests
 from upshift.checkpoint import tensors as files
@@ -34,8 +32,9 @@ from upshift.checkpoint.disk import Disk
 from upshift.checkpoint.lock import Lock
 from upshift.checkpoint.manifest import MANIFEST, STATE, Manifest, rank_file
 from upshift.checkpoint.ranks import Broadcast, Gather, Ranks
-from upshift.checkpoint.reading import Reader
+from upshift.checkpoint.reading import Reader, state_file
 from upshift.checkpoint.retention import Checkpoint, to_delete
+from upshift.checkpoint.told import told
 from upshift.checkpoint.tree import Tensors, join, split
 from upshift.errors import CheckpointError, InUseError
 
@@ -45,7 +44,6 @@ QUARANTINE = "quarantine"
 _LEFTOVERS = (".tmp-", ".trash-")
 #: Beside the tensors: header, state, manifest and the filesystem's own books.
 _SLACK = 4 * 2**20
-_SPACE = "Free some space; the checkpoints that are there are untouched."
 
 Say = Callable[[str], None]
 
@@ -113,7 +111,7 @@ class Store:
         """
 
         def take(_: list[Any]) -> int:
-            with _told(f"{self.folder} cannot be written"):
+            with told(f"{self.folder} cannot be written"):
                 io.make_folders(self._disk, self.folder)
                 self._lock.take()
                 self._sweep()
@@ -199,7 +197,7 @@ class Store:
             self._saves += 1
             temporary = self.folder / f".tmp-step-{step}-a{self.attempt}-{self._saves}"
             try:
-                with _told(f"the checkpoint of step {step} was not written"):
+                with told(f"the checkpoint of step {step} was not written"):
                     name = self._ranks.decide(
                         lambda said: self._commit(step, temporary, said, facts, best, spike),
                         lambda: self._write_own(step, temporary, parts),
@@ -244,10 +242,7 @@ class Store:
     ) -> str:
         """State and manifest, then the rename that makes it a checkpoint; its name. Rank 0 only."""
         entries = {rank_file(i, len(said)): manifests.File(item["size"], item["sha256"]) for i, item in enumerate(said)}
-        state = msgspec.json.encode({"schema": 1, "ranks": [item["state"] for item in said]})
-        if problem := self._reader.too_large(state):
-            raise CheckpointError(f"{problem}.", remedy="Keep long lists of numbers in tensors.")
-        entries[STATE] = io.write_file(self._disk, temporary / STATE, state)
+        entries[STATE] = io.write_file(self._disk, temporary / STATE, state_file([item["state"] for item in said]))
         manifest = Manifest(
             step=step,
             attempt=self.attempt,
@@ -279,6 +274,8 @@ class Store:
 
     def _read_again(self, name: str) -> str:
         """What is wrong with the files this rank wrote, read from the disk; empty when they are as written."""
+        if problem := self._reader.checkpoint(name).problem:
+            return problem
         manifest = self._reader.manifest(name)
         mine = [rank_file(self._ranks.rank, self._ranks.world), *([STATE] if self._ranks.rank == 0 else [])]
         return next((text for file in mine if (text := self._reader.file_problem(name, file, manifest))), "")
@@ -374,7 +371,7 @@ class Store:
                     self._set_aside(name, problem)
             return ""
 
-        with self._busy, _told(f"{self.folder} cannot be read"):
+        with self._busy, told(f"{self.folder} cannot be read"):
             name = self._ranks.decide(choose)
         return replace(self._reader.checkpoint(name), verified=True) if name else None
 
@@ -387,7 +384,7 @@ class Store:
             CheckpointError: damaged, gone, or not a state.
         """
         name = checkpoint.path.name
-        with _told(f"{name} cannot be read"):
+        with told(f"{name} cannot be read"):
             manifest = self._reader.manifest(name)
             wanted = self._ranks.rank if rank is None else rank
             wanted = wanted if wanted < manifest.world else 0
@@ -411,29 +408,6 @@ class Store:
 
 
 def _versions() -> dict[str, str]:
-    from upshift import __version__
-
-    torch = sys.modules.get("torch")
-    found = {"upshift": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    upshift, torch = sys.modules["upshift"], sys.modules.get("torch")
+    found = {"upshift": str(upshift.__version__), "python": ".".join(map(str, sys.version_info[:3]))}
     return {**found, "torch": str(torch.__version__)} if torch else found
-
-
-class _told:
-    """Turns an OSError into a CheckpointError that says what was not done, and puts it before the errors of others."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, InUseError):
-            return
-        if isinstance(error, CheckpointError):
-            if not error.message.startswith(self._what):
-                raise CheckpointError(f"{self._what}: {error.message}", remedy=error.remedy) from None
-        elif isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = _SPACE if full else "Check the folder and its disk; the checkpoints that are there are untouched."
-            raise CheckpointError(f"{self._what}: {error.strerror or error}.", remedy=remedy) from None

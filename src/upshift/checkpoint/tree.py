@@ -31,7 +31,7 @@ Tensors = dict[str, "torch.Tensor"]
 MAX_DEPTH = 64
 
 #: Values in a skeleton; the bound keeps what a hostile file can make us allocate below 200 MB.
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000
 
 _INT_BITS = 4096
 _REMEDY = "A state may hold None, bool, int, float, str, bytes, tensors, and lists, tuples and dicts of these."
@@ -191,11 +191,11 @@ class _Splitter:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and one-past-last byte a tensor uses in its storage."""
     size = tensor.element_size()
-    first = tensor.storage_offset() * size
+    first = int(tensor.storage_offset()) * size
     if not tensor.numel():
         return first, first
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * size
+    return first, first + (int(last) + 1) * size
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -81,7 +81,7 @@ class _Bucket:
         sizes = [p.numel() for p in parameters]
         first = parameters[0]
         self.flat = torch.zeros(sum(sizes) + len(sizes), dtype=first.dtype, device=first.device)
-        *parts, self.present = self.flat.split([*sizes, len(sizes)])
+        *parts, self.present = self.flat.split_with_sizes([*sizes, len(sizes)])
         self.views = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
     def fill(self, world: int) -> None:
@@ -144,7 +144,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
     for group in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.broadcast(flat, src=src)
-        parts = flat.split([tensor.numel() for tensor in group])
+        parts = flat.split_with_sizes([tensor.numel() for tensor in group])
         for tensor, part in zip(group, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 

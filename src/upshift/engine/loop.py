@@ -61,7 +61,7 @@ def gradient(t: Training, batch: Any) -> float:
     total = 0.0
     counts: list[Any] = []
     trouble: BaseException | None = None
-    parts = batch.parts
+    parts = batch.parts if t.alone else t.parts.in_step(batch, t.parts.data.micro_batch)
     for part in parts:
         try:
             with ALONE if t.alone else t.group.no_sync(last=part is parts[-1]):
@@ -90,7 +90,8 @@ def update(t: Training) -> None:
         before(optimizer)
     if t.clip is not None:
         t.clip_gradients()
-    t.set_rate()
+    if t.rate is not None:
+        t.rate(t.progress.step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if t.average is not None:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from upshift.engine.averages import Average
-from upshift.engine.data import Data, open_data
+from upshift.engine.data import Batch, Data, Part, open_data
 from upshift.engine.job import Job
 from upshift.engine.lengths import Span
 from upshift.engine.metrics import Metrics
+from upshift.engine.order import spans
+from upshift.engine.parameters import build_optimizer
+from upshift.engine.preflight import preflight
 from upshift.engine.randomness import seed_everything
 from upshift.engine.schedules import bind
 from upshift.engine.settings import Execution
@@ -52,17 +55,17 @@ class Parts:
         self.parameters = [item for item in self.model.parameters() if item.requires_grad]
         if not self.parameters:
             raise UsageError("the model has no parameter that is trained.", remedy="Check requires_grad.")
-        self.optimizer: torch.optim.Optimizer = job.optimizer(
-            job.parameters(self.model) if job.parameters is not None else self.parameters
-        )
+        self.optimizer: torch.optim.Optimizer = build_optimizer(job.optimizer, self.model, job.parameters)
         self.data = self._open(job.train_data, job.global_batch, shuffle=job.shuffle)
         self._evaluation: Data | None = None
         self.span = Span(self._steps(), job.global_batch, self.data.length)
         self.average = Average(self.model, job.average, self.span) if job.average is not None else None
         self.schedule = self._schedule()
-        self.early = job.stop_early.begin() if job.stop_early is not None else None
         self.loss = self._loss()
         self._keys: tuple[str, ...] | None = None
+        if group.world > 1:
+            digest = _digest([repr(item) for item in sorted(self.describe().items())])
+            preflight(group, digest=digest, parameters=sum(item.numel() for item in self.parameters))
         # Ranks draw different numbers from here on (dropout), one process those of an ordinary script.
         if group.world > 1:
             seed_everything(job.seed, group.rank + 1)
@@ -97,9 +100,23 @@ class Parts:
             size = job.eval_batch or min(job.global_batch, 1024)
             self._evaluation = self._open(job.eval_data, size, shuffle=False, training=False)
         for batch in self._evaluation.epoch(0, 0):
-            for part in batch.parts:
-                if part.weight:
+            for part in self.in_step(batch, self._evaluation.micro_batch):
+                # Sharded weights are gathered in every forward pass: all ranks make as many.
+                if part.n or self._sharded:
                     yield part
+
+    @property
+    def _sharded(self) -> bool:
+        return self.group.world > 1 and self.settings.parallel == "fsdp2"
+
+    def in_step(self, batch: Batch, micro_batch: int) -> list[Part]:
+        """The parts of a batch; with sharded weights as many as the rank with the most has, by parts of weight 0."""
+        parts = list(batch.parts)
+        if self._sharded:
+            world = self.group.world
+            most = max(len(spans(batch.samples, world, rank, micro_batch)) for rank in range(world))
+            parts += [parts[-1]._replace(weight=0.0, n=0)] * (most - len(parts))
+        return parts
 
     # -- optimisation -------------------------------------------------------------------------------------------
 

@@ -42,13 +42,14 @@ def meet(rank: int, world: int, timeout: float) -> Any:
     """
     import os
 
-    from torch.distributed import PrefixStore, TCPStore
+    import torch
 
+    dist: Any = torch.distributed
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent hosts the store, a new one for every restart; otherwise rank 0 does.
+    # torchrun's agent hosts the store, otherwise rank 0 does.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = TCPStore(
+        store = dist.TCPStore(
             host, port, world_size=world, is_master=rank == 0 and not hosted,
             timeout=timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
@@ -59,7 +60,8 @@ def meet(rank: int, world: int, timeout: float) -> Any:
             remedy="Check MASTER_ADDR and MASTER_PORT, that rank 0 runs, and that the port is free there and open in "
             "between.",
         ) from error
-    found = PrefixStore("upshift", store)
+    # An agent's store outlives the ranks: what those before a restart have left there is not ours.
+    found = dist.PrefixStore(f"upshift-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     _all_come(found, "meet", rank, world, timeout)
     return found
 

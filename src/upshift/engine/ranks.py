@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from upshift.engine.group import LOST, SAFE_STEPS, Group
+from upshift.engine.group import SAFE_STEPS, Group
 from upshift.engine.memory import is_out_of_memory
-from upshift.engine.watch import Progress, Watch
+from upshift.engine.peers import Progress
+from upshift.engine.watch import Watch
 from upshift.errors import DistributedError, UsageError
 
 if TYPE_CHECKING:
@@ -67,12 +67,18 @@ class Ranks(Group):
         watch: bool,
     ) -> Ranks:
         """Meet the other ranks and make the process group."""
-        import torch.distributed as dist
+        import torch
 
         from upshift.engine import launcher
         from upshift.engine.preflight import meet
         from upshift.engine.watch import on_stderr
 
+        dist: Any = torch.distributed
+        if not dist.is_available():
+            raise UsageError(
+                "this build of torch cannot train in several processes.",
+                remedy="Install one with torch.distributed, or unset RANK and WORLD_SIZE to train in one process.",
+            )
         if dist.is_initialized():
             raise UsageError(
                 "torch.distributed is initialised already.",
@@ -117,7 +123,7 @@ class Ranks(Group):
         finally:
             self.progress.leave()
 
-    def _broken(self, name: str, error: RuntimeError) -> Exception:
+    def _broken(self, name: str, error: Exception) -> Exception:
         until = time.monotonic() + FINDING_OUT
         while self.watch is not None and not self.watch.lost and time.monotonic() < until:
             time.sleep(0.05)
@@ -195,13 +201,27 @@ class Ranks(Group):
 
     def no_sync(self, last: bool = False) -> AbstractContextManager[Any]:
         # FSDP2 adds up sharded gradients, micro-batch by micro-batch: whole ones would cost the memory it is there for.
+        if self._sharded:
+            return self._exchanging()
         if self._ddp is None:
             return contextlib.nullcontext()
         if last and self._overlaps:
             self._reduced = True
-            return contextlib.nullcontext()
+            return self._exchanging()
         context: AbstractContextManager[Any] = self._ddp.no_sync()
         return context
+
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Around passes in which torch exchanges weights or gradients: who drops out leaves the others waiting."""
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.give_up("out of memory while the ranks exchange weights or gradients; use a smaller micro-batch")
+            if _disconnected(error):
+                raise self._broken("exchanging weights or gradients", error) from error
+            raise
 
     def reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         from upshift.engine.gradients import Buckets, broadcast_tensors, own_parameters
@@ -226,9 +246,12 @@ class Ranks(Group):
         self.progress.step, self.progress.phase = step, phase
 
     def give_up(self, why: str) -> None:
+        from upshift.engine.watch import end, on_stderr
+
+        (self.watch.say if self.watch is not None else on_stderr)(f"rank {self.rank} gives up: {why}")
         if self.watch is not None:
             self.watch.publish(f"rank {self.rank} gave up: {why}")
-        os._exit(LOST)
+        end()
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -263,6 +286,15 @@ def _packed(obj: Any) -> torch.Tensor:
 
 def _unpacked(told: torch.Tensor) -> Any:
     return json.loads(bytes(told.tolist()))
+
+
+def _disconnected(error: Exception) -> bool:
+    """Whether this says that another rank cannot be reached any more."""
+    import torch
+
+    kinds: Any = torch.distributed
+    # NCCL has a type for it, gloo only names itself.
+    return isinstance(error, kinds.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _first_line(error: BaseException) -> str:

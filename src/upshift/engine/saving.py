@@ -121,7 +121,7 @@ class Saving:
         progress = t.progress
         return {
             "step": progress.step, "samples": progress.samples, "epoch": progress.epoch, "world": t.group.world,
-            "job": t.description, "metrics": t.results, "plan": sorted(self.settings.plan),
+            "job": t.description, "metrics": t.results.last, "plan": sorted(self.settings.plan),
             "left_out": [list(item) for item in t.recovery.left_out],
         }  # fmt: skip
 
@@ -141,7 +141,6 @@ class Saving:
             "optimizer": optimizer,
             "schedule": getattr(parts.schedule, "state_dict", dict)(),
             "average": parts.average.state_dict() if parts.average is not None else {},
-            "early": parts.early.state_dict() if parts.early is not None else {},
             "data": parts.data.state_dict(),
             "techniques": techniques,
             "progress": {
@@ -149,7 +148,7 @@ class Saving:
                 "samples": progress.samples, "seconds": t.seconds, "evaluated": progress.evaluated,
                 "done": progress.done, "micro_batch": parts.data.micro_batch,
             },
-            "results": {"last": t.results, "best": t.best, "reached": t.reached},
+            "results": t.results.state_dict(),
             "recovery": {"tries": t.recovery.tries, "since": t.recovery.since,
                          "left_out": [list(item) for item in t.recovery.left_out]},
         }  # fmt: skip
@@ -218,8 +217,6 @@ class Saving:
             getattr(parts.schedule, "load_state_dict", lambda state: None)(tree["schedule"])
         if parts.average is not None:
             parts.average.load_state_dict(tree["average"])
-        if parts.early is not None:
-            parts.early.load_state_dict(tree["early"])
         parts.data.load_state_dict(tree["data"])
         parts.stage.load_states(tree["techniques"])
         found = tree["progress"]
@@ -228,8 +225,7 @@ class Saving:
         progress.samples, progress.seconds = found["samples"], found["seconds"]
         progress.evaluated, progress.done = found["evaluated"], found["done"]
         parts.data.micro_batch = min(parts.data.micro_batch, found["micro_batch"])
-        t.results, t.best = tree["results"]["last"], tree["results"]["best"]
-        t.reached = tree["results"]["reached"]
+        t.results.load_state_dict(tree["results"])
         kept = tree["recovery"]
         t.recovery = Recovery(kept["tries"], [(a, b) for a, b in kept["left_out"]], kept["since"])
         if world == parts.group.world:

@@ -37,14 +37,20 @@ def answering() -> str:
     file = os.fdopen(handle, "w")
     _kept.append(file)
     faulthandler.register(SIGNAL, file=file, all_threads=True)
-    return name
+    reached = Path(f"/proc/{os.getpid()}/fd/{handle}")
+    if not reached.exists():
+        return name
+    # Without a name of its own nothing is left behind by a process that is killed.
+    Path(name).unlink()
+    return str(reached)
 
 
 def no_longer(name: str) -> None:
     """Undo `answering`."""
     if name:
         faulthandler.unregister(SIGNAL)
-        Path(name).unlink(missing_ok=True)
+        if not name.startswith("/proc/"):
+            Path(name).unlink(missing_ok=True)
 
 
 def of_main_thread() -> str:
@@ -64,19 +70,24 @@ def of_process(pid: int, file: str) -> str:
 
 def _by_signal(pid: int, file: Path) -> str:
     try:
-        before = file.stat().st_size
+        before = size = file.stat().st_size
         os.kill(pid, SIGNAL)
+        until = time.monotonic() + ANSWER
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            now = file.stat().st_size
+            if now > before and now == size:
+                return _without_own(file.read_text(errors="replace")[before:])
+            size = now
     except OSError:
-        return ""
-    until = time.monotonic() + ANSWER
-    size = before
-    while time.monotonic() < until:
-        time.sleep(0.05)
-        now = file.stat().st_size
-        if now > before and now == size:
-            return file.read_text(errors="replace")[before:]
-        size = now
+        # The process is gone, or belongs to somebody else.
+        pass
     return ""
+
+
+def _without_own(text: str) -> str:
+    """Stacks of all threads but those that look after the others."""
+    return "\n\n".join(stack for stack in text.split("\n\n") if "engine/watch.py" not in stack)
 
 
 def _by_py_spy(pid: int) -> str:

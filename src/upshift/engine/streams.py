@@ -144,10 +144,6 @@ class StreamData(Data):
                 if self._stride == 1 or number % self._stride == shape.rank:
                     found.append(batch)
                 number += 1
-            if self._stride > 1 and len(found) == self._pieces:
-                # The turns of the other ranks belong to this update too.
-                while number % self._stride and self._read(source, epoch, number) is not _END:
-                    number += 1
             counts = [self._count(batch) for batch in found]
             total = round(self._agree([float(sum(counts))])[0])
             if not total:

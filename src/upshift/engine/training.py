@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upshift.engine import loop
-from upshift.engine.job import Weighted, higher_is_better
 from upshift.engine.loop import Again, Halted
 from upshift.engine.memory import smaller
+from upshift.engine.optimizers import evaluating
 from upshift.engine.preempt import StopRequest
 from upshift.engine.recover import Recovery, Spikes
+from upshift.engine.results import Results
 from upshift.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -56,22 +57,19 @@ class Training:
         self.recovery = Recovery()
         self.spikes = Spikes()
         self.halted = False
-        self.reached: dict[str, float] = {}
-        self.results: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.early = parts.early
-        self.before_step: tuple[Any, ...] = ()
+        self.results = Results(parts.job)
+        self.before_step: tuple[Any, ...] = (self._first_step,)
         self.loss = parts.loss
         self.forward: Any = self._first_forward
-        self._optimizer_seen = False
         self._parameters = list(parts.parameters)
-        self._rate = parts.schedule
+        self.rate = parts.schedule
         self._began = self._tick = self._window = time.perf_counter()
         self._spiking = parts.settings.spikes
         self.alone = parts.group.world == 1
         self.description = parts.describe()
         self._losses = recorder.losses
         self._in_evaluation = False
+        self._stop_at = parts.settings.stop_at
         # What the ranks agreed on: a rank that acted by itself would leave the others waiting.
         self._all_stop = self._all_save = False
 
@@ -104,7 +102,6 @@ class Training:
     def epoch_begins(self) -> None:
         """Before the first batch, or after going back."""
         self.model.train()
-        self._train_mode(True)
         every, step = self.job.eval_every, self.progress.step
         if every is not None and step and step % every == 0:
             self.evaluate()  # a run that was stopped in the middle of it
@@ -115,6 +112,9 @@ class Training:
         left_out = set(self.recovery.left_out)
         on_batch = self.settings.on_batch
         last = self.job.steps
+        if not left_out and on_batch is None and last is None:
+            yield from data.epoch(progress.epoch, progress.cursor)
+            return
         for batch in data.epoch(progress.epoch, progress.cursor):
             if left_out and (progress.epoch, progress.cursor) in left_out:
                 progress.cursor += batch.samples
@@ -162,12 +162,13 @@ class Training:
                 return total
             return self._unusable(batch, total)
         count = math.fsum(float(item) for item in counts)
-        wrong = not math.isfinite(total)
+        wrong, lost = not math.isfinite(total), 0.0
         if not self.alone:
             sums = self.group.agree([0.0 if wrong else total, count, float(trouble is not None), float(wrong),
                                      float(self.stop.asked),
-                                     float(self.group.main and self.saving.due(self.progress.step + 1))])  # fmt: skip
-            total, count = sums[0], sums[1]
+                                     float(self.group.main and self.saving.due(self.progress.step + 1)),
+                                     float(batch.lost)])  # fmt: skip
+            total, count, lost = sums[0], sums[1], sums[6]
             if sums[4]:
                 self.stop.ask("another rank was asked to stop")
                 self._all_stop = True
@@ -185,6 +186,9 @@ class Training:
             self.group.reduce_gradients(self._parameters)
         if counts:
             self._scale_gradients(self.group.world / count)
+        elif lost:
+            # Samples that could not be read: weights were those of the whole batch.
+            self._scale_gradients(batch.samples / (batch.samples - lost))
         return loss
 
     def _scale_gradients(self, factor: float) -> None:
@@ -198,15 +202,11 @@ class Training:
         """Scale the gradient down to the norm that the job allows."""
         self.group.clip_gradients(self._parameters, self.clip or math.inf)
 
-    def set_rate(self) -> None:
-        """The learning rate of the update that is about to be made."""
-        if not self._optimizer_seen:
-            self._optimizer_seen = True
-            self.before_step = self.parts.optimizer_seen()
-            for before in self.before_step:
-                before(self.optimizer)
-        if self._rate is not None:
-            self._rate(self.progress.step)
+    def _first_step(self, optimizer: Any) -> None:
+        """Let the techniques act on the optimizer that is about to make its first step."""
+        self.before_step = self.parts.optimizer_seen()
+        for before in self.before_step:
+            before(optimizer)
 
     def drop_gradients(self) -> None:
         """Before an update is tried again."""
@@ -214,13 +214,18 @@ class Training:
 
     def updated(self, batch: Any, loss: float) -> None:
         """An update was made: count it, and see to what is due."""
-        progress = self.progress
+        progress, results = self.progress, self.results
         progress.step += 1
         progress.cursor += batch.samples
         progress.samples += batch.samples
+        results.trained += loss
+        results.updates += 1
         self._losses.append(loss)
         if self._spiking:
             self.spikes.add(loss)
+        if progress.step == self._stop_at:
+            self.stop.ask("a stop at this step")
+            self._all_stop = True
         if self.stop.asked or time.perf_counter() - self._tick > TICK:
             self._tick_now(loss)
         if self.saving.every_step or self._all_save or self.halted:
@@ -269,7 +274,7 @@ class Training:
         return {
             **({"steps": self.parts.span.steps} if self.parts.span.steps else {}),
             "step": progress.step, "epoch": progress.epoch, "samples": progress.samples, "loss": loss,
-            "seconds": time.perf_counter() - self._began, "cursor": progress.cursor, **self.results,
+            "seconds": time.perf_counter() - self._began, "cursor": progress.cursor, **self.results.last,
         }  # fmt: skip
 
     # -- trouble ------------------------------------------------------------------------------------------------
@@ -351,48 +356,24 @@ class Training:
         """The model in evaluation mode, with the averaged weights where the job has them."""
         self._in_evaluation = True
         self.model.eval()
-        self._train_mode(False)
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
         try:
-            with swapped:
+            with evaluating(self.optimizer), swapped:
                 yield
         finally:
             self.model.train()
-            self._train_mode(True)
             self._in_evaluation = False
-
-    def _train_mode(self, on: bool) -> None:
-        # Schedule-free optimizers keep two sets of weights.
-        switch = getattr(self.optimizer, "train" if on else "eval", None)
-        if callable(switch):
-            switch()
 
     def evaluate(self) -> None:
         """Evaluate now; say it, remember the best, stop where the job says so."""
         if self.progress.evaluated == self.progress.step:
             return
         found, seconds = loop.timed_evaluation(self)
-        self.results, self.progress.evaluated = found, self.progress.step
+        self.progress.evaluated = self.progress.step
         self.recorder.evaluated(seconds, self.progress.step, found)
-        target = self.job.target
-        name = target.metric if target is not None else next(iter(self.job.metrics), "loss")
-        higher = target.higher if target is not None else higher_is_better(name)
-        value = found[name]
-        before = self.best.get(name)
-        best = not math.isnan(value) and (before is None or (value > before if higher else value < before))
-        if best:
-            self.best = dict(found)
-        self.saving.evaluated(best)
+        self.saving.evaluated(self.results.take(self, found))
         if self.settings.metrics is not None and self.group.main:
             self.settings.metrics(self.progress.step, self.progress.epoch + 1, found)
-        if target is not None and target.reached(value) and not self.reached:
-            self.reached = {"step": self.progress.step, "seconds": self.seconds}
-            self.say("target", f"{name} {value:.5g}: the target {target.value:g} is reached after {self.seconds:.1f} s")
-            self.progress.done = self.progress.done or self.job.stop_at_target
-        if self.early is not None and self.early.update(value) and not self.progress.done:
-            self.progress.done = True
-            self.say("early stop", f"{name} has not become better; the best was {self.best.get(name, value):.5g}")
+        if self.parts.schedule is not None:
+            self.parts.schedule.evaluated(found["loss"])
         self._tick = time.perf_counter()
-
-
-__all__ = ["Progress", "Training", "Weighted"]

@@ -68,7 +68,7 @@ class Watch:
         self.progress = Progress()
         self.limit = timeout
         self.lost = ""
-        self._rank, self._peers, self._store, self._say = rank, peers, store, say
+        self._rank, self._peers, self._store, self.say = rank, peers, store, say
         host = peers[rank].host
         self._here = [peer for peer in peers if peer.host == host and peer.rank != rank]
         self._processes = {peer.rank: process(peer.pid) for peer in self._here}
@@ -117,8 +117,7 @@ class Watch:
             n += 1
             try:
                 self._beat(n)
-                if self._store.check(["watch/over"]):
-                    self._told = self._store.get("watch/over").decode()
+                self._told = self._told or self._over_text()
                 if self._store.check([f"watch/ask/{self._rank}"]):
                     self._store.set(f"watch/stack/{self._rank}", stacks.of_main_thread())
                 if self._listening:
@@ -128,6 +127,9 @@ class Watch:
                 self._unreachable += 1
                 continue
             self._talked, self._unreachable = time.monotonic(), 0
+
+    def _over_text(self) -> str:
+        return self._store.get("watch/over").decode() if self._store.check(["watch/over"]) else ""
 
     def _beat(self, n: int) -> None:
         now = self.progress
@@ -160,15 +162,25 @@ class Watch:
             if gone:
                 self._end_soon(gone)
             elif waited > self.limit:
-                self._end_now(self._report(waited))
+                head = f"rank {self._rank} waited {units.seconds(waited)} in {self.progress.name} (step {self._step()})"
+                try:
+                    self._end_now(self._report(head))
+                except Exception as error:
+                    # A report that fails must not keep this process.
+                    self._end_now(f"{head}; who stands still could not be found out: {error}")
 
     def _gone(self) -> str:
         if self._told:
             return self._told
         gone = [peer for peer in self._here if self._state(peer) == "gone" and not self._has_left(peer.rank)]
         if gone:
+            # It may have said why, a moment ago.
+            self._told = within(PATIENCE, self._over_text) or ""
             ranks = _ranks([peer.rank for peer in gone])
-            return f"{ranks} {'is' if len(gone) == 1 else 'are'} gone (process {', '.join(str(p.pid) for p in gone)})"
+            return (
+                self._told
+                or f"{ranks} {'is' if len(gone) == 1 else 'are'} gone (process {', '.join(str(p.pid) for p in gone)})"
+            )
         if self._unreachable > 1:
             return "the store of the ranks is gone: rank 0 or the launcher ended"
         return ""
@@ -186,23 +198,21 @@ class Watch:
         if self._over.wait(LOOK):
             return
         self.lost = text
-        self._say(f"rank {self._rank}: {text}; this rank ends")
+        self.say(f"rank {self._rank}: {text}; this rank ends")
         if not self._told:
             self.publish(text)
         if not self._over.wait(GRACE):
-            _exit()
+            end()
 
     def _end_now(self, text: str) -> None:
-        self._say(text)
+        self.say(text)
         self.publish(text.splitlines()[0])
-        _exit()
+        end()
 
     # -- who stands still ----------------------------------------------------------------------------------------------
 
-    def _report(self, waited: float) -> str:
+    def _report(self, head: str) -> str:
         """One rank reports in full, the others wait for it."""
-        name = self.progress.name
-        head = f"rank {self._rank} waited {units.seconds(waited)} in {name} (step {self._step()})"
         answers = time.monotonic() - self._talked < SILENT
         if answers and within(PATIENCE, lambda: self._store.add("watch/report", 1)) not in (1, None):
             until = time.monotonic() + REPORT
@@ -275,7 +285,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(rank) for rank in ranks)}"
 
 
-def _exit() -> None:
+def end() -> None:
     """End now. What was printed goes out, unless the main thread holds the stream."""
     within(0.5, lambda: (sys.stdout.flush(), sys.stderr.flush()))
     os._exit(LOST)

@@ -123,6 +123,13 @@ class _Change:
     """The file of a new name; None for a folder, and for names that move or go."""
 
 
+@dataclass(frozen=True)
+class _Write:
+    node: _File
+    offset: int
+    data: bytes
+
+
 class RecordingDisk(Disk):
     """Records every change under `root`, so that `states` can say what a power loss might leave.
 
@@ -148,7 +155,7 @@ class RecordingDisk(Disk):
     def write(self, fd: int, data: memoryview) -> int:
         written = super().write(fd, data)
         node = self._open[fd]
-        self.log.append(("write", (node, node.size, bytes(data[:written]))))
+        self.log.append(("write", _Write(node, node.size, bytes(data[:written]))))
         node.size += written
         return written
 
@@ -225,9 +232,9 @@ class _Crash:
                     _apply(names, change, certain=True)
                 pending = [c for c in pending if subject not in _folders(c)]
             elif kind == "write":
-                node, offset, data = subject  # type: ignore[misc]
-                durable, writes = contents.get(id(node), (b"", []))
-                contents[id(node)] = (durable, [*writes, (offset, data)])
+                assert isinstance(subject, _Write)
+                durable, writes = contents.get(id(subject.node), (b"", []))
+                contents[id(subject.node)] = (durable, [*writes, (subject.offset, subject.data)])
             elif kind == "sync":
                 durable, writes = contents.get(id(subject), (b"", []))
                 contents[id(subject)] = (_written(durable, writes), [])
