@@ -89,6 +89,19 @@ def test_a_model_without_attention_is_found_out_in_its_first_call():
     assert applied.effect() is None
 
 
+def test_code_compiled_later_is_compiled_once():
+    """Watching is a mode that guards see: a first call under it would be compiled for that call alone."""
+    from torch._dynamo.testing import CompileCounter
+
+    inner, x, counter = build("attention"), torch.randn(2, 12, 16), CompileCounter()
+    net = nn.Sequential(inner)
+    applied = applied_to(net)
+    inner.compile(backend=counter)
+    for _ in range(2):
+        applied.around(net, net, (x,), {})
+    assert counter.frame_count == 1 and applied.effect() is None
+
+
 def test_multi_head_attention_of_torch_counts_as_attention():
     net = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     applied = applied_to(net)

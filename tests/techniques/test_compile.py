@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import types
 import weakref
 
 import msgspec
@@ -16,7 +17,9 @@ from torch import nn
 from upshift.hardware import machine
 from upshift.records import Anatomy, Measurement, ModelFacts, Phase, Quantity, ScriptFacts, unknown
 from upshift.sites import ForwardApplied, ModelSeen, NoEffect, Numerics
-from upshift.techniques.compile import Compile, CompileApplied
+from upshift.techniques.compile import Compile, CompileApplied, regional_refusal
+from upshift.testing import contract
+from upshift.testing.training import TOLERANCE
 
 DEFAULTS = {key: spec.default for key, spec in Compile.card.settings.items()}
 needs_compiler = pytest.mark.skipif(not machine.has_compiler(), reason="no C++ compiler")
@@ -99,6 +102,143 @@ def test_a_hook_registered_or_removed_later_is_obeyed():
     applied.close()
 
 
+class Block(nn.Module):
+    def __init__(self, width=8, rate=0.0):
+        super().__init__()
+        self.rate = rate
+        self.norm, self.inner, self.drop = nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + (1.0 - self.rate) * self.drop(nn.functional.gelu(self.inner(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Blocks between two layers that do not repeat."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(8, 8), nn.ModuleList(blocks), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def stack(count=4):
+    torch.manual_seed(0)
+    return Stack(*(Block() for _ in range(count)))
+
+
+def train(module, call, steps=3):
+    """How far each parameter moves in a few steps."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    start = [item.detach().clone() for item in module.parameters()]
+    torch.manual_seed(3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        call(module, torch.randn(6, 8)).square().mean().backward()
+        optimizer.step()
+    return [item.detach() - before for item, before in zip(module.parameters(), start, strict=True)]
+
+
+@pytest.fixture
+def captured_only(monkeypatch):
+    """Dynamo captures and guards as always; the graphs run as they are, which saves the time of a code generator."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic, options: real(fn, backend="eager", dynamic=dynamic))
+
+
+@needs_compiler
+def test_equal_blocks_share_one_graph_and_train_as_uncompiled():
+    module, x = stack(), torch.randn(6, 8)
+    plain = copy.deepcopy(module)
+    keys, before = list(module.state_dict()), [set(item.__dict__) for item in module.modules()]
+    expected, gradients, drawn = step(plain, x, lambda m, x: m(x))
+    applied = offer(module, region="blocks")
+    assert isinstance(applied, CompileApplied) and "4 Block of Stack" in applied.note
+
+    def call(module, x):
+        return applied.around(module, module, (x,), {})
+
+    output, mine, after = step(module, x, call)
+    assert applied.graphs == 1 and applied.recompiles == 0 and applied.effect() is None
+    assert module._compiled_call_impl is None and all(block._compiled_call_impl for block in module.blocks)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)  # and so are its dropout masks
+    torch.testing.assert_close(mine, gradients, rtol=1e-5, atol=1e-6)
+    assert torch.equal(after, drawn)
+
+    for moved, reference in zip(train(module, call), train(plain, lambda m, x: m(x)), strict=True):
+        assert float((moved - reference).norm() / reference.norm()) < TOLERANCE["float32"][0]
+    assert applied.graphs == 1
+
+    assert list(module.state_dict()) == keys
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert all(item._compiled_call_impl is None for item in twin.modules())
+    applied.close()
+    applied.close()
+    assert [set(item.__dict__) for item in module.modules()] == before
+    plain.load_state_dict(module.state_dict())
+    assert all(map(torch.equal, step(module, x, lambda m, x: m(x))[1], step(plain, x, lambda m, x: m(x))[1]))
+
+
+@needs_compiler
+def test_a_hook_on_a_block_is_obeyed_and_one_elsewhere_changes_nothing(captured_only):
+    module, x, seen = stack(2), torch.randn(2, 8), []
+    applied = offer(module, region="blocks")
+    with torch.no_grad():
+        applied.around(module, module, (x,), {})
+        module.head.register_forward_hook(lambda *_: seen.append("head"))  # of what is not compiled
+        applied.around(module, module, (x,), {})
+        assert seen == ["head"] and applied.effect() is None
+        module.blocks[1].inner.register_forward_hook(lambda *_: seen.append("block"))
+        applied.around(module, module, (x,), {})
+    assert seen == ["head", "block", "head"] and "hooks" in applied.effect().reason
+    assert all(block._compiled_call_impl is None for block in module.blocks)
+
+
+@needs_compiler
+def test_blocks_that_look_alike_and_are_not_are_told_apart(captured_only):
+    """A number of their own, another mode, a forward of their own: what Dynamo has to see in each."""
+    torch.manual_seed(0)
+    module, x = Stack(*(Block(rate=0.2 * (index == 1)) for index in range(4))), torch.randn(6, 8)
+    module.blocks[2].eval()
+    module.blocks[3].forward = types.MethodType(lambda self, x: x - Block.forward(self, x), module.blocks[3])
+    expected, gradients, drawn = step(copy.deepcopy(module), x, lambda m, x: m(x))
+    applied = offer(module, region="blocks")
+    output, mine, after = step(module, x, lambda m, x: applied.around(m, m, (x,), {}))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine, gradients, rtol=1e-5, atol=1e-6)
+    assert torch.equal(after, drawn) and applied.recompiles >= 2 and applied.effect() is None
+    applied.close()
+
+
+@needs_compiler
+def test_each_group_of_blocks_has_a_graph_and_a_model_let_go_of_is_freed(captured_only):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 4), Block(4), Block(4))
+    plain = copy.deepcopy(module)
+    applied, gone = offer(module, region="blocks"), weakref.ref(module)
+    output, _, _ = step(module, torch.ones(2, 8), lambda m, x: applied.around(m, m, (x,), {}))
+    expected, _, _ = step(plain, torch.ones(2, 8), lambda m, x: m(x))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    assert applied.graphs == 2 and applied.recompiles == 0
+    del module, output
+    gc.collect()
+    assert gone() is None
+    applied.close()
+
+
+def test_the_contract_meets_compiled_blocks():
+    assert {"region": "blocks"} in contract.variants(Compile())
+    module = contract.build("mlp")
+    applied = offer(module, region="blocks")
+    if machine.has_compiler():
+        assert isinstance(applied, CompileApplied) and len(applied._placed) == 2
+        applied.close()
+
+
 class Fails(nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,6 +280,12 @@ def hooked():
     return module
 
 
+def hooked_block():
+    module = stack()
+    module.blocks[1].norm.register_forward_hook(lambda *_: None)
+    return module
+
+
 def compiled():
     module = made()
     module[1].compile()
@@ -157,6 +303,10 @@ def compiled():
         (lambda: torch.jit.script(nn.Linear(2, 2)), {}, "TorchScript"),
         (lambda: nn.Linear(2, 2, device="meta"), {}, "meta"),
         (made, {"mode": "reduce-overhead"}, "CUDA"),
+        (made, {"region": "blocks"}, "repeats"),
+        (hooked_block, {"region": "blocks"}, "hooks"),
+        (lambda: Stack(Block(), Block().double()), {"region": "blocks"}, "repeats"),
+        (lambda: Stack(Block(), Block().requires_grad_(False)), {"region": "blocks"}, "repeats"),
     ],
 )
 def test_what_must_not_be_compiled_is_left_alone(make, changes, why):
@@ -196,6 +346,11 @@ def test_the_verdict_follows_what_was_seen():
     verdict = technique.check(measured())
     assert verdict.applies and verdict.gain > 1 and verdict.rests_on
     assert verdict.candidates == ({"mode": "default"},)
+    for share, proposed in ((None, False), (0.2, False), (0.9, True)):
+        model = ModelFacts(name="Net", parameters=1, dtypes=("float32",), device="cpu", repeated_share=share)
+        found = technique.check(measured(models=(model,))).candidates
+        assert found[-1] == {"mode": "default"}
+        assert found[:-1] == (({"mode": "default", "region": "blocks"},) if proposed else ())
     on_cuda = measured(device="cuda")
     assert [item["mode"] for item in technique.check(on_cuda).candidates] == ["default", "max-autotune-no-cudagraphs"]
     for micro_batches, graphs in ((1.0, True), (4.0, False)):
@@ -214,6 +369,11 @@ def test_the_verdict_follows_what_was_seen():
         assert not technique.check(measured(**changes)).applies
 
 
+def test_cuda_graphs_are_not_recorded_per_block():
+    assert "region" in regional_refusal([[Block(), Block()]], "reduce-overhead")
+    assert not regional_refusal([[Block(), Block()]], "default")
+
+
 def test_cuda_graphs_are_given_up_where_shapes_keep_changing_and_their_outputs_are_copied():
     module, kept = made(), []
 
@@ -230,9 +390,9 @@ def test_cuda_graphs_are_given_up_where_shapes_keep_changing_and_their_outputs_a
     assert "shapes" in applied.effect().reason and "_compiled_call_impl" not in vars(module)
 
 
-def cuda_step(module, x, mode):
+def cuda_step(module, x, **changes):
     module = copy.deepcopy(module)
-    applied = None if mode is None else Compile().at(ModelSeen(module=module), {**DEFAULTS, "mode": mode})
+    applied = offer(module, **changes) if changes else None
     optimizer, losses = torch.optim.SGD(module.parameters(), lr=0.1), []
     for _ in range(6):
         optimizer.zero_grad()
@@ -249,4 +409,12 @@ def cuda_step(module, x, mode):
 def test_on_cuda_every_mode_trains_alike(mode):
     module = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)).cuda()
     x = torch.randn(32, 64, device="cuda")
-    assert cuda_step(module, x, mode) == pytest.approx(cuda_step(module, x, None), rel=1e-3)
+    assert cuda_step(module, x, mode=mode) == pytest.approx(cuda_step(module, x), rel=1e-3)
+
+
+@pytest.mark.cuda
+def test_on_cuda_blocks_train_alike():
+    module, x = stack().cuda(), torch.randn(32, 8, device="cuda")
+    assert isinstance(offer(copy.deepcopy(module), region="blocks"), CompileApplied)
+    expected = cuda_step(module.eval(), x)
+    assert cuda_step(module, x, region="blocks") == pytest.approx(expected, rel=1e-3)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upshift.hardware import machine
+from upshift.measure.repeated import repeated_blocks, repeated_share
 from upshift.records.measurement import LoaderFacts, ModelFacts, OptimizerFacts
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ def model_facts(
     layers = Counter(type(item).__name__ for item in module.modules() if next(item.children(), None) is None)
     devices = sorted({str(item.device) for item in parameters})
     kind = type(module).__name__
+    blocks = repeated_blocks(module)
+    repeated: Counter[str] = Counter()
+    for group in blocks:
+        repeated[type(group[0]).__name__] += len(group)
     return ModelFacts(
         name=kind,
         parameters=sum(elements(item) for item in parameters),
@@ -68,6 +73,8 @@ def model_facts(
         compiled=kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None,
         channels_last=_is_channels_last(parameters),
         custom_autograd=_defines_autograd(module),
+        repeated=dict(repeated),
+        repeated_share=repeated_share(module, blocks),
         input_shapes=tuple(tuple(int(size) for size in item.shape) for item in tensors_in((args, kwargs or {}))),
     )
 

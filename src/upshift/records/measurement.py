@@ -105,6 +105,10 @@ class ModelFacts(Record, frozen=True):
     compiled: bool = False
     channels_last: bool = False
     custom_autograd: bool = False
+    repeated: dict[str, int] = {}
+    """Count of equal blocks by class name (see `measure.repeated`); empty where none were seen."""
+    repeated_share: float | None = None
+    """Share of the leaf layers that lie in those blocks (0..1)."""
     input_shapes: tuple[tuple[int, ...], ...] = ()
 
 

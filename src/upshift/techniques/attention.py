@@ -59,8 +59,8 @@ class _Kernel(BaseApplied):
         self._reorder = kernel == "cudnn"
         self._allowed = _allowed()
         self._on = True
-        # Whether the model calls the function at all is watched in one call; compiled code is left alone.
-        self._unwatched = getattr(module, "_compiled_call_impl", None) is None
+        # Whether the model calls the function at all is watched in one call.
+        self._unwatched = True
         self._used: bool | None = None
 
     def around(
@@ -73,6 +73,8 @@ class _Kernel(BaseApplied):
         with sdpa_kernel(self._order, set_priority=self._reorder):
             if self._unwatched and module.training:
                 self._unwatched = False
+                if _is_compiled(module):  # which would be compiled once more than needed: guards see the watching
+                    return call(*args, **kwargs)
                 with _watch() as seen:
                     output = call(*args, **kwargs)
                 self._used = bool(seen)
@@ -89,6 +91,11 @@ class _Kernel(BaseApplied):
 
     def close(self) -> None:
         self._on = False
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of a module, or of one in it, are compiled by now."""
+    return any(item.__dict__.get("_compiled_call_impl") is not None for item in module.modules())
 
 
 def _watch() -> Any:

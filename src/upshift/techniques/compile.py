@@ -1,10 +1,14 @@
-"""Compile a root module in place with `torch.compile`.
+"""Compile a root module, or the blocks that repeat in it, in place with `torch.compile`.
 
 Idea. TorchDynamo captures the forward pass, AOTAutograd its backward, TorchInductor writes fused kernels for both
 (Ansel et al. 2024, "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
 Compilation"). The module stays the object it was: only the callable that `Module.__call__` looks up is set, so class,
 state dict keys, pickling and deep copies are the script's own. What is compiled is a function around the module's call:
 `Module.compile` itself does nothing, silently, for a root whose forward lies inside `torch.nn` (`nn.Sequential`).
+
+Regions. A model that repeats one block (the layers of a transformer) can be compiled block by block: the code made for
+the first serves all equal ones, so compiling takes about as long as for one block, while what happens between blocks,
+before and after them stays uncompiled (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 
 Numbers. Another order of operations: `rounding`. With `eager_random` the compiled code draws the random numbers the
 uncompiled code would draw, so that dropout masks stay the same; without it dropout has other masks: `reseeds`.
@@ -13,20 +17,24 @@ Limits. Compilation takes seconds to minutes, again for each new shape until a d
 evaluation mode. Hooks registered after compilation would be ignored: the module then runs uncompiled from there on. A
 failure to compile the backward pass appears inside `backward`, where nothing can be retried. CUDA graphs
 (`reduce-overhead`) are recorded per input shape, overwrite what they gave out when they run again (so outputs are
-copied), and fail where gradients are accumulated over micro-batches (pytorch#169545).
+copied), and fail where gradients are accumulated over micro-batches (pytorch#169545). Blocks that read a number of
+their own (a layer index, a stochastic depth) are compiled once for each.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import types
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upshift import units
 from upshift.hardware import machine
 from upshift.measure.constancy import Streams
+from upshift.measure.repeated import repeated_blocks
 from upshift.measure.shapes import Shapes
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
@@ -44,6 +52,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
 
 #: The mode that records CUDA graphs, and the input shapes it may meet: each is a graph with memory of its own.
 GRAPHS, GRAPH_SHAPES = "reduce-overhead", 4
+
+#: What is compiled: the whole model, or its repeated blocks.
+WHOLE, BLOCKS = "whole", "blocks"
+
+#: Share of a model's layers from which its repeated blocks are worth compiling without the rest.
+MOSTLY_BLOCKS = 0.5
 
 NO_COMPILER = "no C++ compiler was found (install g++ or clang++, or set CXX)"
 
@@ -71,25 +85,34 @@ def _counted() -> tuple[int, int, float]:
     return int(utils.counters["frames"]["ok"]), sum(utils.counters["graph_break"].values()), float(seconds)
 
 
-def hooks_of(module: torch.nn.Module) -> list[tuple[Any, tuple[int, ...]]]:
-    """Hook tables below a module that are not empty, each with the keys it holds."""
+def hooks_of(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, tuple[int, ...]]]:
+    """Hook tables in and below modules that are not empty, each with the keys it holds."""
     found = []
-    for inner in module.modules():
-        for name in _HOOKS:
-            table = inner.__dict__.get(name)
-            if table:
-                found.append((table, tuple(table)))
+    for module in modules:
+        for inner in module.modules():
+            for name in _HOOKS:
+                table = inner.__dict__.get(name)
+                if table:
+                    found.append((table, tuple(table)))
     return found
 
 
 class CompileApplied(BaseApplied):
-    """A module whose calls are compiled.
+    """A module whose calls, or those of its repeated blocks, are compiled.
 
-    `recompiles` and `breaks` count graphs beyond the first and graph breaks, `one_off_seconds` the time compilation
-    took; all three are those of the process since this module was compiled.
+    `recompiles` and `breaks` count graphs beyond the first (of each group of blocks) and graph breaks,
+    `one_off_seconds` the time compilation took; all three are those of the process since this module was compiled.
     """
 
-    def __init__(self, module: torch.nn.Module, mode: str, dynamic: bool | None, eager_random: bool) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        mode: str,
+        dynamic: bool | None,
+        eager_random: bool,
+        groups: Sequence[Sequence[torch.nn.Module]] = (),
+    ) -> None:
+        """Compile `module`, or each group of equal blocks in it with one code for all."""
         import torch
         from torch._inductor import list_mode_options
 
@@ -100,16 +123,33 @@ class CompileApplied(BaseApplied):
         options: dict[str, Any] = dict(list_mode_options(mode, dynamic))
         if eager_random:
             options["fallback_random"] = True
-        compiled = torch.compile(capturable(module._call_impl), dynamic=dynamic, options=options)  # type: ignore[call-overload]
+        build: Any = functools.partial(torch.compile, dynamic=dynamic, options=options)
         # Weak, so that a model the script lets go of is not kept alive by the record of what was done to it.
-        self._module, self._compiled = weakref.ref(module), weakref.ref(compiled)
-        self._hooks = hooks_of(module)
+        self._placed: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[Callable[..., Any]]]] = []
+        self._regions = len(groups) or 1
+        if not groups:
+            self._place(module, build(capturable(module._call_impl)))
+        for group in groups:
+            # The block is an argument: Dynamo then takes parameters as inputs of the graph, and one graph fits all.
+            shared = build(capturable(type(group[0])._call_impl))
+            for block in group:
+                self._place(block, functools.partial(shared, block))
+        self._hooks = hooks_of(self._modules())
         self._handles = torch.utils.hooks.RemovableHandle.next_id
-        module._compiled_call_impl = compiled
         self.note = f"{type(module).__name__} compiled in place ({mode}"
         self.note += ", dropout as without compilation)" if eager_random else ")"
+        if groups:
+            self.note = f"{_named(groups)} of {self.note}"
         if self._hooks:
             self.note += f"; {sum(len(keys) for _, keys in self._hooks)} hooks become part of it"
+
+    def _place(self, module: torch.nn.Module, compiled: Callable[..., Any]) -> None:
+        module._compiled_call_impl = compiled
+        self._placed.append((weakref.ref(module), weakref.ref(compiled)))
+
+    def _modules(self) -> list[torch.nn.Module]:
+        """What was compiled and is still there."""
+        return [module for reference, _ in self._placed if (module := reference()) is not None]
 
     def around(
         self, call: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -117,7 +157,7 @@ class CompileApplied(BaseApplied):
         """The call itself. An exception in the very first one leaves the random streams where they were."""
         if self._lost:
             return call(*args, **kwargs)
-        if self._calls and self._hooks_changed(module):
+        if self._calls and self._hooks_changed():
             self._lost = "hooks changed after it was compiled, which compiled code would not notice"
             self.close()
             return call(*args, **kwargs)
@@ -144,7 +184,7 @@ class CompileApplied(BaseApplied):
 
         return tree_map_only(torch.Tensor, torch.clone, output)
 
-    def _hooks_changed(self, module: torch.nn.Module) -> bool:
+    def _hooks_changed(self) -> bool:
         from torch.utils.hooks import RemovableHandle
 
         for table, keys in self._hooks:
@@ -154,7 +194,7 @@ class CompileApplied(BaseApplied):
         if RemovableHandle.next_id == self._handles:
             return False
         self._handles = RemovableHandle.next_id
-        now = hooks_of(module)
+        now = hooks_of(self._modules())
         return len(now) != len(self._hooks) or any(
             mine is not theirs or keys != others
             for (mine, keys), (theirs, others) in zip(now, self._hooks, strict=True)
@@ -167,8 +207,8 @@ class CompileApplied(BaseApplied):
 
     @property
     def recompiles(self) -> int:
-        """Graphs beyond the first: other shapes, modes, or graph breaks."""
-        return max(0, self.graphs - 1)
+        """Graphs beyond the first of each group: other shapes, modes, blocks that differ, or graph breaks."""
+        return max(0, self.graphs - self._regions)
 
     @property
     def breaks(self) -> int:
@@ -198,9 +238,18 @@ class CompileApplied(BaseApplied):
 
     def close(self) -> None:
         """The module runs uncompiled again, to the bit as before."""
-        module, compiled = self._module(), self._compiled()
-        if module is not None and compiled is not None and module.__dict__.get("_compiled_call_impl") is compiled:
-            del module._compiled_call_impl
+        for reference, placed in self._placed:
+            module, compiled = reference(), placed()
+            if module is not None and compiled is not None and module.__dict__.get("_compiled_call_impl") is compiled:
+                del module._compiled_call_impl
+
+
+def _named(groups: Sequence[Sequence[torch.nn.Module]]) -> str:
+    """`12 Block, 4 Head`."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts[type(group[0]).__name__] += len(group)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def refusal(module: torch.nn.Module, mode: str) -> str:
@@ -231,21 +280,37 @@ def refusal(module: torch.nn.Module, mode: str) -> str:
     return ""
 
 
+def regional_refusal(groups: Sequence[Sequence[torch.nn.Module]], mode: str) -> str:
+    """Why blocks must not be compiled apart from the rest, or the empty string."""
+    if not groups:
+        return "no block of its repeats (of one class, with parameters of the same shapes, in one container)"
+    if mode == GRAPHS:
+        return "reduce-overhead would record a CUDA graph for each block; it takes the whole model (region = whole)"
+    if hooks_of(block for group in groups for block in group):
+        # Compiled code does not look at hooks again, so those of one block would act in, or be missing from, all.
+        return "hooks are registered in its blocks, which share one code"
+    return ""
+
+
 class Compile:
-    """Fuse operations by compiling root modules in place."""
+    """Fuse operations by compiling root modules, or the blocks that repeat in them, in place."""
 
     card: ClassVar[Card] = Card(
         name="compile",
         summary="compile the model in place with torch.compile",
-        source="Ansel et al. 2024, PyTorch 2, ASPLOS; https://docs.pytorch.org/docs/stable/torch.compiler.html",
+        source=(
+            "Ansel et al. 2024, PyTorch 2, ASPLOS; https://docs.pytorch.org/docs/stable/torch.compiler.html; "
+            "blocks: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html"
+        ),
         sites=("model_created", "forward"),
         numerics=Numerics.ROUNDING,
         switchable="process",
         targets=("forward", "backward"),
         details=(
             "The module keeps its class, its state dict keys and its pickled form. Compilation is paid once per shape "
-            "and mode and shown apart, with the number of steps after which it has paid back. Not for scripts that "
-            "differentiate twice (create_graph), nor for modules with backward hooks."
+            "and mode and shown apart, with the number of steps after which it has paid back. Where a model repeats "
+            "equal blocks, compiling these alone (region = blocks) costs about as much as compiling one. Not for "
+            "scripts that differentiate twice (create_graph), nor for modules with backward hooks."
         ),
         settings={
             "mode": SettingSpec(
@@ -258,6 +323,11 @@ class Compile:
             ),
             "eager_random": SettingSpec(
                 True, "draw random numbers as uncompiled code does, so that dropout is the same"
+            ),
+            "region": SettingSpec(
+                WHOLE,
+                "what is compiled: the whole model, or its repeated blocks alone, with one code for equal ones",
+                choices=(WHOLE, BLOCKS),
             ),
         },
         after=("channels_last", "bf16", "attention"),
@@ -288,6 +358,8 @@ class Compile:
             return Verdict(False, f"{lightning[0]} drives the training; use its own switch")
         share = seen.anatomy.share("forward") + seen.anatomy.share("backward")
         candidates: list[dict[str, Setting]] = [{"mode": "default"}]
+        if any((item.repeated_share or 0.0) >= MOSTLY_BLOCKS for item in models):
+            candidates.insert(0, {"mode": "default", "region": BLOCKS})
         if facts.device.startswith("cuda"):
             if len(models) == 1 and seen.anatomy.micro_batches.value == 1:
                 candidates.append({"mode": GRAPHS})
@@ -301,11 +373,14 @@ class Compile:
         )
 
     def at(self, moment: Moment, settings: dict[str, Setting]) -> CompileApplied | NoEffect | None:
-        """Compile a root module before its first call."""
+        """Compile a root module, or its repeated blocks, before its first call."""
         if not isinstance(moment, ModelSeen):
             return None
         mode = str(settings["mode"])
         if why := refusal(moment.module, mode):
             return NoEffect(f"{type(moment.module).__name__}: {why}")
+        groups = repeated_blocks(moment.module) if settings["region"] == BLOCKS else ()
+        if settings["region"] == BLOCKS and (why := regional_refusal(groups, mode)):
+            return NoEffect(f"{type(moment.module).__name__}: {why}")
         dynamic = {"auto": None, "yes": True, "no": False}[str(settings["dynamic"])]
-        return CompileApplied(moment.module, mode, dynamic, bool(settings["eager_random"]))
+        return CompileApplied(moment.module, mode, dynamic, bool(settings["eager_random"]), groups)

@@ -19,6 +19,17 @@ from upshift.records.quantity import Quantity, unknown
 from upshift.records.recipe import RecipeFacts
 from upshift.sites import Technique
 
+#: A model most of which is one block, repeated.
+BLOCKS = ModelFacts(
+    name="GPT",
+    parameters=10_000,
+    dtypes=("float32",),
+    device="cpu",
+    layers={"Embedding": 2, "LayerNorm": 9, "Linear": 17},
+    repeated={"Block": 4},
+    repeated_share=0.86,
+)
+
 #: Facts of scripts and machines that differ from those of `measurement()`.
 WORLDS: tuple[dict[str, Any], ...] = (
     {},
@@ -26,6 +37,7 @@ WORLDS: tuple[dict[str, Any], ...] = (
     {"device": "cuda:0", "attention": False},
     {"autocast": True, "grad_scaler": True, "create_graph": True, "distributed": True},
     {"threads": 0, "cores": 0},
+    {"compiler": True, "models": (BLOCKS,)},
     {"bf16_native": False, "flush_denormal": True, "allocator": "tcmalloc"},
 )
 

@@ -28,7 +28,7 @@ MODELS = ("mlp", "conv", "attention")
 
 
 def build(kind: str, dtype: torch.dtype | None = None, dropout: float = 0.0) -> torch.nn.Module:
-    """A tiny model: `mlp`, `conv` or `attention`.
+    """A tiny model: `mlp` (with two equal blocks), `conv` or `attention`.
 
     Parameters are drawn in float32 and then cast, so that all dtypes start alike. No parameter has a gradient of zero
     in exact arithmetic (as a bias before a normalisation has): Adam would blow its rounding up to a full step.
@@ -50,7 +50,8 @@ def build(kind: str, dtype: torch.dtype | None = None, dropout: float = 0.0) -> 
 
     torch.manual_seed(7)
     if kind == "mlp":
-        net: nn.Module = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 4))
+        blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(dropout)) for _ in range(2)]
+        net: nn.Module = nn.Sequential(nn.Linear(16, 32), *blocks, nn.Linear(32, 4))
     elif kind == "conv":
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False),
