@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types imports unit test-frameworks kinds test-cuda soak mutants bench bench-proof data docs clean
+.PHONY: help demo test lint types imports unit test-frameworks kinds test-cuda soak mutants bench bench-proof bench-engine data docs clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,9 +44,11 @@ kinds: $(STAMP)  ## every common kind of script, end to end (installs the framew
 test-cuda: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/pytest -m cuda
 
-soak: $(STAMP)   ## long simulations of the statistics, and a search by whole runs
+soak: $(STAMP)   ## long simulations of the statistics, a search by whole runs, faults at scale
 	$(BIN)/python benchmarks/proof_simulation.py
 	$(BIN)/pytest -m extra tests/e2e/test_objective.py
+	$(BIN)/python benchmarks/engine/crash_states.py --all
+	$(BIN)/python benchmarks/engine/kills.py --kills 3000
 
 mutants: $(STAMP) ## remove guards one by one; the tests must notice
 	$(BIN)/python scripts/mutants.py
@@ -56,6 +58,10 @@ bench: $(STAMP)  ## measure the figures of benchmarks/RESULTS.md (long)
 
 bench-proof: $(STAMP)  ## how often the proof is wrong, on trials whose truth is known (about an hour)
 	$(BIN)/python benchmarks/bench_proof.py
+
+bench-engine: $(STAMP)  ## what the engine of jobs costs a step, against the raw loop and other frameworks
+	$(BIN)/python benchmarks/engine/overhead.py
+	$(BIN)/python benchmarks/engine/overhead.py --tiny
 
 data: $(STAMP)   ## fetch the real data sets some examples use
 	$(BIN)/python examples/get_data.py all

@@ -144,12 +144,14 @@ def main() -> int:
 
         base = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
         for number in range(given.n):
+            if number and not number % 10:
+                print(f"{number} searches, {probes} probes, {tested} sizes trained, {failed} failed", flush=True)
             settings = {
                 "width": str(draw.choice((32, 64, 96))), "depth": str(draw.randint(2, 6)),
                 "tokens": str(draw.randint(32, 160)), "padding": str(draw.random() < 0.5),
             }  # fmt: skip
             each = int(settings["width"]) * int(settings["depth"]) * int(settings["tokens"]) * 16
-            limit = base + (48 << 20) + int(each * BATCH * draw.uniform(0.02, 1.5))
+            limit = base + (88 << 20) + int(each * BATCH * draw.uniform(0.02, 1.5))
             request = probe.Request(
                 reference=f"{__file__}:made", size=1, share=BATCH, report="", limit=limit, device="cpu",
                 settings=settings, scan_seconds=1.0,

@@ -190,3 +190,104 @@ def test_techniques_act_on_a_job_as_on_a_script():
     found = train_job(job, Execution(plan={"fused": {}}, say=said.append))
     assert any("applied fused" in text for text in said), said
     assert far(found.model, run(job).model) < 1e-4
+
+
+@pytest.mark.parametrize("where", ["forward", "step"])
+def test_a_technique_that_raises_comes_off_and_the_run_goes_on_as_without(where, monkeypatch):
+    """Fault 23: the original is restored, and the rest is the unpatched training, dropout included."""
+    from upshift.engine.run import train_job
+    from upshift.engine.settings import Execution
+    from upshift.sites import NoEffect
+    from upshift.sites.protocol import BaseApplied, Card, Numerics
+    from upshift.techniques import registry
+
+    calls = [0]
+
+    class Acting(BaseApplied):
+        note = "acts"
+
+        def around(self, call, module, args, kwargs):
+            calls[0] += 1
+            found = call(*args, **kwargs)
+            if calls[0] == 5:
+                raise ValueError("planted")
+            return found
+
+        def before_step(self, optimizer):
+            calls[0] += 1
+            if calls[0] == 5:
+                raise ValueError("planted")
+
+    class Raising:
+        card = Card(name="raising", summary="", source="", sites=("model_created", "optimizer_created"),
+                    numerics=Numerics.BITWISE, switchable="process", targets=())  # fmt: skip
+
+        def at(self, moment, settings):
+            wanted = "model_created" if where == "forward" else "optimizer_created"
+            return Acting() if moment.site == wanted else NoEffect("not here")
+
+    monkeypatch.setattr(registry, "in_order", lambda plan: [(Raising(), {})] if plan else [])
+    said: list[str] = []
+    found = train_job(full, Execution(plan={"raising": {}}, say=said.append))
+    assert calls[0] == 5 and any("off raising: ValueError: planted" in text for text in said), said
+    assert same(found.model, run(full).model) if where == "step" else found.steps == 28
+
+
+def test_a_checkpoint_is_never_made_of_a_state_with_a_bad_loss(tmp_path):
+    """Fault 14: what is saved was computed from finite losses only."""
+    from upshift.checkpoint.store import Store
+
+    run(tiny_jobs.poisoned(at=5), out=tmp_path / "run", save_steps=1)
+    for item in Store(tmp_path / "run").checkpoints(verify=True):
+        assert item.verified
+        weights = Store(tmp_path / "run").load(item)[0]["model"]
+        assert all(bool(torch.isfinite(value).all()) for value in weights.values() if value.is_floating_point())
+
+
+def test_a_spike_is_left_out(tmp_path):
+    def loss(output, target):
+        found = F.cross_entropy(output, target)
+        return found * 1e6 if output.requires_grad and tiny_jobs._same(target, 60) else found
+
+    said: list[str] = []
+    job = full.set(loss=loss, epochs=12, eval_data=None, metrics={})
+    result = run(job, say=said.append)
+    assert any("back to the last good state" in text for text in said), said
+    assert result.steps == 12 * 7 - 1
+
+
+def test_bad_samples_are_named_and_training_goes_on():
+    class Broken(tiny_jobs.Augmented):
+        def __getitem__(self, index):
+            if index in (3, 77):
+                raise OSError("planted")
+            return super().__getitem__(index)
+
+    said: list[str] = []
+    result = run(full.set(train_data=Broken(), epochs=2, schedule=None), say=said.append)
+    assert result.steps == 14 and any("77" in text for text in said) and any("planted" in text for text in said)
+
+
+def test_early_stopping_ends_and_keeps_the_best(tmp_path):
+    from upshift.checkpoint.store import Store
+    from upshift.engine.stopping import EarlyStop
+
+    said: list[str] = []
+    job = full.set(stop_early=EarlyStop("loss", patience=2), epochs=60, schedule=None,
+                   optimizer=partial(torch.optim.AdamW, lr=0.3))  # fmt: skip
+    result = run(job, out=tmp_path / "run", say=said.append)
+    assert result.steps < 60 * 7 and any("has not become better" in text for text in said)
+    best = [item for item in Store(tmp_path / "run").checkpoints(verify=True) if item.best]
+    assert best and best[-1].facts["metrics"]["loss"] == result.best["loss"]
+    again = run(job, out=tmp_path / "run")
+    assert again.steps == result.steps, "a run that stopped early is done"
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "lamb", "schedule_free_adamw"])
+def test_optimizers_by_name(name):
+    if name in ("lamb", "schedule_free_adamw"):
+        pytest.importorskip("pytorch_optimizer")
+    from upshift.engine.optimizers import optimizer
+
+    job = full.set(optimizer=optimizer(name, lr=1e-2), schedule=None, average=None)
+    assert run(job).metrics["loss"] < 2.0

@@ -33,7 +33,8 @@ _REMEDY = {
 @click.option("--price", type=click.FloatRange(min=0), help="Price of this machine an hour, for the cost of a run.")
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Verify this plan.")
 @click.option("--allow-stale", is_flag=True, help="Verify the plan although script, device or versions have changed.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted verification. With a job and no --metric: is the job resumed bit for bit?",
+@click.option("--resume", is_flag=True,
+              help="Go on with an interrupted verification. A job without --metric: is it resumed bit for bit?",
               )  # fmt: skip
 @click.option("--steps", type=click.IntRange(2), default=40, show_default=True,
               help="With --resume jobs.py:NAME: length of the runs that are compared.")  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from upshift.engine.averages import Average
 from upshift.engine.data import Batch, Data, Part, open_data
 from upshift.engine.job import Job
 from upshift.engine.lengths import Span
+from upshift.engine.memory import is_out_of_memory
 from upshift.engine.metrics import Metrics
 from upshift.engine.order import spans
 from upshift.engine.parameters import build_optimizer
@@ -147,12 +148,27 @@ class Parts:
     def optimizer_seen(self) -> tuple[Callable[[Any], None], ...]:
         """The optimizer is about to make its first step; what acts before each of its steps."""
         self.stage.raise_site(OptimizerSeen(optimizer=self.optimizer))
-        return tuple(applied.before_step for _, applied in self.stage.steps_for(self.optimizer))
+        return tuple(self._safe_step(name, applied) for name, applied in self.stage.steps_for(self.optimizer))
+
+    def _safe_step(self, name: str, applied: Any) -> Callable[[Any], None]:
+        def before_step(optimizer: Any) -> None:
+            if name not in self.stage.names:
+                return
+            try:
+                applied.before_step(optimizer)
+            except Exception as error:
+                self.stage.remove(name, f"{type(error).__name__}: {error}")
+
+        return before_step
 
     def without_techniques(self, reason: str) -> None:
         """Take all techniques off for good."""
         for name in self.stage.names:
             self.stage.remove(name, reason)
+
+    def _come_off(self, names: tuple[str, ...], error: Exception) -> None:
+        for name in names:
+            self.stage.remove(name, f"{type(error).__name__}: {error}")
 
     def free_memory(self) -> None:
         """Give cached memory back before smaller micro-batches are tried."""
@@ -168,8 +184,9 @@ class Parts:
     def make_forward(self) -> Callable[[Any], tuple[Any, Any]]:
         """`forward(batch) -> (output, what the loss is computed against)`, techniques included."""
         call: Callable[..., Any] = self.wrapped
-        for _, applied in reversed(self.stage.forward_for(self.model)):
-            call = _around(applied, call, self.model)
+        around = self.stage.forward_for(self.model)
+        if around:
+            call = Rescued(self.wrapped, self.model, around, self._come_off)
         own = self.job.forward
         if own is not None:
             model = self.wrapped if call is self.wrapped else _Called(self.model, call)
@@ -240,7 +257,38 @@ class _Called:
         return getattr(self.__dict__["_model"], name)
 
 
-def _around(applied: Any, call: Callable[..., Any], model: Any) -> Callable[..., Any]:
+class Rescued:
+    """Calls of a model through techniques; when one raises they come off, and the call is made once more without."""
+
+    def __init__(self, plain: Callable[..., Any], model: Any, around: Sequence[tuple[str, Any]],
+                 come_off: Callable[[tuple[str, ...], Exception], None]) -> None:  # fmt: skip
+        import torch
+
+        self._plain, self._come_off = plain, come_off
+        self._names = tuple(name for name, _ in around)
+        self._generator = torch.default_generator
+        self._call: Callable[..., Any] | None = plain
+        for _, applied in reversed(around):
+            self._call = _around(applied, self._call, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is None:
+            return self._plain(*args, **kwargs)
+        # So that dropout draws in the second attempt what it would have drawn in the first (CPU only).
+        random = self._generator.get_state()
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._call = None
+            self._come_off(self._names, error)
+            self._generator.set_state(random)
+            return self._plain(*args, **kwargs)
+
+
+def _around(applied: Any, call: Any, model: Any) -> Callable[..., Any]:
     around = applied.around
     return lambda *args, **kwargs: around(call, model, args, kwargs)
 
