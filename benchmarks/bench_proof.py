@@ -154,8 +154,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 class Bench:
     """The four measurements. `quick` makes each trial once, shorter, and leaves out sizes and lengths in between."""
 
-    def __init__(self, quick: bool, minutes: float, seed: int, repeats: int | None = None, sizes: str = "") -> None:
+    def __init__(
+        self, quick: bool, minutes: float, seed: int, repeats: int | None = None, sizes: str = "", harms: str = ""
+    ) -> None:
         self.runner = HookRunner()
+        self.harms = [item for item in HARMS if not harms or item.kind in harms.split(",")]
         self.minutes = minutes
         self.seed = seed
         self.repeats = repeats or (1 if quick else 5)
@@ -251,7 +254,7 @@ class Bench:
         early has seen all."""
         harms = [
             (harm, size)
-            for harm in HARMS
+            for harm in self.harms
             for size in {
                 "all": harm.sizes,
                 "ends": sorted({harm.sizes[0], harm.sizes[-1]}),
@@ -313,11 +316,12 @@ def main() -> None:
     parser.add_argument(
         "--sizes", choices=["all", "ends", "largest"], help="of each fault (default all; ends with --quick)"
     )
+    parser.add_argument("--harms", default="", help="comma-separated faults (default all)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--into", type=Path, help="append the tables to this file")
     options = parser.parse_args()
     minutes = options.minutes or (2.0 if options.quick else 20.0)
-    bench = Bench(options.quick, minutes, options.seed, options.repeats, options.sizes)
+    bench = Bench(options.quick, minutes, options.seed, options.repeats, options.sizes, options.harms)
     parts: dict[str, Callable[[], str]] = {
         "identical": bench.identical, "gains": bench.gains, "wins": bench.wins, "faults": bench.faults,
     }  # fmt: skip

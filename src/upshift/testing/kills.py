@@ -149,7 +149,7 @@ def _compare(whole: Path, out: Path, log_whole: Path, log: Path, counts: Counts,
         state["progress"].pop("seconds", None)
         state["results"].pop("reached", None)
     problems = differences(expected, found)
-    if _samples(log_whole) != _samples(log):
+    if samples_by_step(log_whole) != samples_by_step(log):
         problems.append("the samples")
     if problems:
         counts.different += 1
@@ -163,7 +163,7 @@ def _final(out: Path) -> Any:
     return store.load(newest)[0]
 
 
-def _samples(log: Path) -> dict[int, Any]:
+def samples_by_step(log: Path) -> dict[int, Any]:
     """Step -> epoch and rows, as they were trained last."""
     found: dict[int, Any] = {}
     for line in log.read_bytes().splitlines():
