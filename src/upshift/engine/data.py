@@ -73,7 +73,10 @@ def open_data(
     import torch
     from torch.utils.data import DataLoader, IterableDataset
 
-    if callable(data) and not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
+    # A class has the methods of its objects, but builds one when it is called.
+    if isinstance(data, type) or (
+        callable(data) and not hasattr(data, "__getitem__") and not hasattr(data, "__iter__")
+    ):
         data = data()
     where = torch.device(device) if device is not None else None
     if where is not None and where.type == "cuda" and where.index is None:
