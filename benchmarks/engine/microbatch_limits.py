@@ -151,7 +151,7 @@ def main() -> int:
                 "tokens": str(draw.randint(32, 160)), "padding": str(draw.random() < 0.5),
             }  # fmt: skip
             each = int(settings["width"]) * int(settings["depth"]) * int(settings["tokens"]) * 16
-            limit = base + (88 << 20) + int(each * BATCH * draw.uniform(0.02, 1.5))
+            limit = base + (152 << 20) + int(each * BATCH * draw.uniform(0.02, 1.5))
             request = probe.Request(
                 reference=f"{__file__}:made", size=1, share=BATCH, report="", limit=limit, device="cpu",
                 settings=settings, scan_seconds=1.0,

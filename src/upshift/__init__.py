@@ -5,10 +5,10 @@ The functions for scripts are in `upshift.api`; what a declared job needs is her
     from upshift import Job, Target, run, tune
 """
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+# Not from `typing`: a person's folder may hold a module of that name, and this is imported first.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from upshift.api.jobs import run as run
     from upshift.api.jobs import tune as tune
@@ -22,12 +22,13 @@ _WHERE = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_WHERE[name]), name)
+    found: object = getattr(import_module(_WHERE[name]), name)
+    return found
 
 
 def load_ipython_extension(shell: object) -> None:

@@ -107,7 +107,7 @@ def test_reset_forgets():
     [
         (torch.eye(3), torch.tensor([0, 1, 1]), 2, 3),
         (torch.eye(3), torch.eye(3)[[0, 2, 2]], 2, 3),
-        (torch.eye(3).view(1, 3, 3), torch.tensor([[0, 1, 0]]), 2, 3),  # (n, C, d)
+        (torch.eye(4)[:, :3].view(1, 4, 3), torch.tensor([[0, 1, 0]]), 2, 3),  # (n, C, d)
         (torch.eye(4)[:3].view(1, 3, 4), torch.tensor([[0, 3, -100]]), 1, 2),  # (n, T, C), one left out
         (torch.tensor([0.3, -0.2, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 1, 3),
         (torch.tensor([[0.3], [-0.2]]), torch.tensor([True, False]), 2, 2),
@@ -116,6 +116,11 @@ def test_reset_forgets():
 def test_accuracy_of_every_shape(logits, labels, right, count):
     found = accuracy(logits, labels)
     assert [int(item) for item in found] == [right, count]
+
+
+def test_as_many_classes_as_positions_is_refused_and_not_guessed():
+    with pytest.raises(UsageError, match="which axis"):
+        accuracy(torch.zeros(1, 3, 3), torch.tensor([[0, 1, 0]]))
 
 
 def test_outputs_and_targets_of_other_kinds():

@@ -129,6 +129,18 @@ def test_force_loads_only_the_weights(tmp_path):
     assert not same(first.model, again.model)
 
 
+@pytest.mark.parametrize("how", ["never", "force"])
+def test_a_fresh_start_in_an_old_folder_is_what_is_resumed_the_next_time(how, tmp_path):
+    out = tmp_path / "run"
+    run(full.set(epochs=2, schedule=None), out=out)
+    other = full.set(epochs=4, schedule=None, seed=9)
+    with pytest.raises(Stop):
+        trained(other, out, stop_at=3, save_steps=1, resume=how)
+    said: list[str] = []
+    assert run(other, out=out, say=said.append).steps == 28
+    assert any("goes on from step 3" in text or "goes on from step 2" in text for text in said), said
+
+
 def test_a_folder_in_use_is_refused_and_nothing_changes(tmp_path):
     from upshift.checkpoint.store import Store
 

@@ -38,3 +38,12 @@ def test_asked_for_it_is_tried():
 def test_on_a_cpu_the_reason_is_that_it_does_not_apply(name):
     tried, refused = found([name], device="cpu", untested=True)
     assert not tried and "untested" not in refused[0].reason
+
+
+def test_techniques_that_save_memory_take_part_under_a_limit_only():
+    from upshift.testing.seen import BLOCKS
+
+    seen, technique = measurement(models=(BLOCKS,)), registry.get("activation_checkpointing")
+    found, refused = candidates([technique], seen)
+    assert not found and "--fit" in refused[0].reason
+    assert candidates([technique], seen, fit=True)[0] and candidates([technique], seen, only=[technique.card.name])[0]

@@ -76,8 +76,11 @@ def checkpoints(run_folder: Path, say: Say = lambda text: None) -> Inventory:
     )
 
 
-def export(run_folder: Path, file: Path, *, key: str = "model") -> str:
+def export(run_folder: Path, file: Path, *, key: str = "model", averaged: bool = True) -> str:
     """Write the weights under `key` of the newest whole checkpoint to a .safetensors or .pt file; its name.
+
+    Args:
+        averaged: of a job that averages its weights the averaged ones, which are what it evaluates.
 
     Raises:
         RecordError: there are no checkpoints.
@@ -90,7 +93,11 @@ def export(run_folder: Path, file: Path, *, key: str = "model") -> str:
     if newest is None:
         raise CheckpointError(f"no checkpoint of {run_folder} is whole.", remedy="See upshift checkpoints for why.")
     tree, _ = store.load(newest, rank=0)
-    save_weights(file, _weights(tree, key, newest.path.name))
+    weights = _weights(tree, key, newest.path.name)
+    average = tree.get("average") or {}
+    if averaged and key == "model" and average.get("averaged"):
+        weights |= {name: mean.to(weights[name].dtype) for name, mean in average["means"].items() if name in weights}
+    save_weights(file, weights)
     return newest.path.name
 
 

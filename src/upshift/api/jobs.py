@@ -64,7 +64,9 @@ class JobOptions:
     allow_stale: bool = False
     require: str = ""
     device: str = ""
-    micro_batch: int | None = None
+    micro_batch: int | str | None = None
+    """`auto`: searched (`fit` bytes at most)."""
+    fit: int | None = None
     workers: int | None = None
     save_seconds: float | None = None
     save_steps: int | None = None
@@ -88,6 +90,7 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
     chosen = _chosen(target, options)
     for note in chosen.notes:
         say(note)
+    micro_batch = _micro_batch(target, options, chosen, launcher, say)
     env = environment(chosen.techniques)
     if launcher and OUTSIDE in env:
         env.pop(OUTSIDE)
@@ -95,7 +98,7 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
     described = {**machine.describe(), "device": device_name(kinds_here()[0])}
     spec = JobSpec(
         out=str(folder), resume=options.resume, settings={**options.settings, **_settings_behind(target)},
-        plan=chosen.techniques, plan_file=chosen.file, device=options.device, micro_batch=options.micro_batch,
+        plan=chosen.techniques, plan_file=chosen.file, device=options.device, micro_batch=micro_batch,
         loader={"num_workers": options.workers} if options.workers is not None else {},
         save_seconds=options.save_seconds, save_steps=options.save_steps,
         interruption_seconds=options.interruption_seconds, grace=options.grace, notice=options.notice,
@@ -120,6 +123,31 @@ def _launcher(target: Target, options: JobOptions) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
                 "--nproc-per-node", str(options.processes)]  # fmt: skip
     return []
+
+
+def _micro_batch(target: Target, options: JobOptions, chosen: choosing.Chosen, launcher: list[str],
+                 say: Say) -> int | None:  # fmt: skip
+    """The micro-batch of this run: as given, or searched."""
+    if not isinstance(options.micro_batch, str):
+        return options.micro_batch
+    if launcher and options.processes == 1:
+        raise UsageError(
+            "--micro-batch auto has to know how many processes there are.", remedy="Use --nproc N in place of torchrun."
+        )
+    from upshift.engine.probing import find_micro_batch
+    from upshift.engine.reference import load_job
+
+    settings = {**options.settings, **_settings_behind(target)}
+    job = load_job(target.job, settings)
+    share = -(-job.global_batch // options.processes)
+    limit = options.fit // options.processes if options.fit is not None else None
+    found = find_micro_batch(
+        target.job, share, limit=limit, device=options.device, settings=settings, plan=chosen.techniques, say=say
+    )
+    say(str(found))
+    if found.warning:
+        say(found.warning)
+    return found.size
 
 
 def _settings_behind(target: Target) -> dict[str, str]:

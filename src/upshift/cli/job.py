@@ -100,7 +100,7 @@ class Bar:
         """Where the training is."""
         if self._bar is None:
             self._start()
-        speed = report["samples"] / max(report["seconds"], 1e-9)
+        speed = report["trained"] / max(report["seconds"], 1e-9)
         told = f"loss {report['loss']:.4g}  {speed:,.0f} samples/s"
         for name in self._job.metrics:
             if name in report:

@@ -35,7 +35,9 @@ from upshift.errors import UsageError
 @click.option("--parallel", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True,
               help="Job: how several processes share the model.")  # fmt: skip
 @click.option("--device", default="", help="Job: cpu, cuda.  [default: an accelerator where there is one]")
-@click.option("--micro-batch", type=click.IntRange(1), help="Job: samples of one forward and backward pass.")
+@click.option("--micro-batch", metavar="N|auto", help="Job: samples of one forward and backward pass; auto: the "
+              "fastest that fits, tried in processes of their own.  [default: all of a process's share]")  # fmt: skip
+@click.option("--fit", type=show.Size(), help="Job: with --micro-batch auto, the memory it may take: 8GiB.")
 @click.option("--workers", type=click.IntRange(0), help="Job: loader processes.")
 @click.option("--save-every", metavar="N|DURATION", help="Job: steps (500) or time (10m) between checkpoints.  "
               "[default: from what saving costs]")  # fmt: skip
@@ -59,7 +61,8 @@ def command(
     nproc: int,
     parallel: str,
     device: str,
-    micro_batch: int | None,
+    micro_batch: str | None,
+    fit: int | None,
     workers: int | None,
     save_every: str | None,
     interruptions: float,
@@ -105,12 +108,15 @@ def command(
         job = api.JobOptions(
             out=out, runs=runs, resume=resume, settings=api.parse_settings(tuple(f"--set={item}" for item in settings)),
             plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", device=device,
-            micro_batch=micro_batch, workers=workers, save_seconds=seconds, save_steps=steps,
+            micro_batch=_micro_batch(micro_batch, fit), fit=fit, workers=workers,
+            save_seconds=seconds, save_steps=steps,
             interruption_seconds=interruptions, grace=grace, notice=notice, parallel=parallel, processes=nproc,
             quiet=quiet,
         )  # fmt: skip
         api.run_job(target, job, say)
-    _only_for_jobs(out=out, settings=settings, nproc=nproc > 1, device=device, micro_batch=micro_batch,
+    if not module and not Path(target.name).exists() and not target.starts_others:
+        raise UsageError(f"there is no script and no program {target.name}.", remedy="Check the path, and PATH.")
+    _only_for_jobs(fit=fit, out=out, settings=settings, nproc=nproc > 1, device=device, micro_batch=micro_batch,
                    workers=workers, save_every=save_every, notice=notice)  # fmt: skip
     options = api.RunOptions(
         plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", runs=runs, quiet=quiet,
@@ -126,6 +132,17 @@ def _save_every(text: str | None) -> tuple[int | None, float | None]:
     if text.isdigit() and int(text) > 0:
         return int(text), None
     return None, show.Duration().convert(text, None, None)
+
+
+def _micro_batch(text: str | None, fit: int | None) -> int | str | None:
+    """A number of samples, or `auto`."""
+    if fit is not None and text != "auto":
+        raise UsageError("--fit is the limit of a search.", remedy="--micro-batch auto --fit 8GiB")
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--micro-batch {text} is no number of samples.", remedy="--micro-batch 64, or auto.")
+    return int(text)
 
 
 def _only_for_jobs(**given: object) -> None:

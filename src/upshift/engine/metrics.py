@@ -325,7 +325,16 @@ def _binary(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _class_axis(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """Where the classes are: axis 1 as `cross_entropy` has it, else the last."""
+    """Where the classes are: axis 1 as `cross_entropy` has it, else the last.
+
+    Raises:
+        UsageError: neither fits, or both do (as many classes as positions).
+    """
+    if labels.shape == logits.shape[:-1] == logits.shape[:1] + logits.shape[2:] and logits.ndim > 2:
+        raise UsageError(
+            f"Logits of shape {tuple(logits.shape)} do not say which axis holds the classes.",
+            remedy="Declare the metric as a function of your own: f(output, target) -> (sum, count).",
+        )
     if labels.shape == logits.shape or labels.shape == logits.shape[:1] + logits.shape[2:]:
         return 1
     if labels.shape == logits.shape[:-1]:

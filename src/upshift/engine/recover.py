@@ -16,33 +16,49 @@ MOST_TRIES = 3
 #: Losses that are remembered, and how many are needed before a spike can be told.
 REMEMBERED, LEAST = 128, 48
 
-#: A spike is so many times the range of the remembered losses above their largest.
-SPIKE = 10.0
+#: A spike is so many times the range of the remembered losses above their largest, in so many updates in a row: one
+#: wild sample makes one large loss, a training that comes apart makes many.
+SPIKE, IN_A_ROW = 10.0, 3
+
+Place = tuple[int, int]
+"""Epoch and first sample of a global batch."""
 
 
 class Spikes:
-    """Tells a loss that explodes from one that is merely noisy: far above everything among the last losses."""
+    """Tells a loss that explodes from one that is merely noisy: far above all of the last losses, and it stays."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
-        self.ceiling = math.inf
+        self._ceiling = math.inf
         self._count = 0
+        self._above: list[Place] = []
+        self.off = False
+        """Whether it has been wrong too often to be asked."""
 
-    def add(self, loss: float) -> bool:
-        """Whether this loss is a spike; one that is, is not remembered."""
-        if loss > self.ceiling:
-            return True
+    @property
+    def suspicious(self) -> bool:
+        """Whether the last update was far above the others; such a state is not saved."""
+        return bool(self._above)
+
+    def add(self, loss: float, epoch: int, cursor: int) -> list[Place]:
+        """The batches of a spike that has just been told; empty as a rule. `cursor`: the batch's first sample."""
+        if loss > self._ceiling:
+            self._above.append((epoch, cursor))
+            return self._above if len(self._above) >= IN_A_ROW and not self.off else []
+        if self._above:
+            self._above = []
         self._losses.append(loss)
         self._count += 1
         if self._count >= LEAST and self._count % 16 == 0:
             highest, lowest = max(self._losses), min(self._losses)
-            self.ceiling = highest + SPIKE * max(highest - lowest, 1e-3 * abs(highest))
-        return False
+            self._ceiling = highest + SPIKE * max(highest - lowest, 1e-3 * abs(highest))
+        return []
 
     def forget(self) -> None:
         """After going back: other losses will come."""
         self._losses.clear()
-        self.ceiling, self._count = math.inf, 0
+        self._above = []
+        self._ceiling, self._count = math.inf, 0
 
 
 @dataclass
@@ -50,7 +66,7 @@ class Recovery:
     """How often a training went back, and which batches it leaves out since then."""
 
     tries: int = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)
+    left_out: list[Place] = field(default_factory=list)
     """(epoch, first sample) of global batches that are not trained."""
     since: int = -1
     """The step at which it last went back."""
@@ -59,12 +75,11 @@ class Recovery:
         """Whether enough is enough."""
         return self.tries >= MOST_TRIES
 
-    def went_back(self, step: int, epoch: int, cursor: int) -> None:
-        """The update `step` was not made; its batch begins at sample `cursor` of `epoch`."""
+    def went_back(self, step: int, places: list[Place]) -> None:
+        """Going back from `step`; the batches at `places` are left out from here on."""
         self.tries += 1
         self.since = step
-        if (epoch, cursor) not in self.left_out:
-            self.left_out.append((epoch, cursor))
+        self.left_out += [place for place in places if place not in self.left_out]
 
     def passed(self, step: int) -> None:
         """An update well past the last trouble: the tries are counted anew."""

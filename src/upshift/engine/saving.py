@@ -59,6 +59,9 @@ class Saving:
         stopped in its first step has begun all the same."""
         if self._saved_step < 0:
             self.save(t, wait=True)
+            if self.store is not None:
+                # Another training, asked for: what the folder held is set aside, not resumed the next time.
+                self.store.go_back(t.progress.step)
         self._at = time.monotonic()
 
     def evaluated(self, best: bool) -> None:

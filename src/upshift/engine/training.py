@@ -14,7 +14,7 @@ from upshift.engine.loop import Again, Halted
 from upshift.engine.memory import smaller
 from upshift.engine.optimizers import evaluating
 from upshift.engine.preempt import StopRequest
-from upshift.engine.recover import Recovery, Spikes
+from upshift.engine.recover import Place, Recovery, Spikes
 from upshift.engine.results import Results
 from upshift.errors import TrainingError
 
@@ -67,7 +67,7 @@ class Training:
         self._spiking = parts.settings.spikes
         self.alone = parts.group.world == 1
         self.description = parts.describe()
-        self._losses = recorder.losses
+        self._losses, self._samples = recorder.losses, 0
         self._in_evaluation = False
         self._stop_at = parts.settings.stop_at
         # What the ranks agreed on: a rank that acted by itself would leave the others waiting.
@@ -76,6 +76,7 @@ class Training:
     def begins(self) -> None:
         """Everything is restored: the clocks start."""
         self._began = self._tick = self._window = time.perf_counter()
+        self._samples = self.progress.samples
         self.recorder.rewound(self.progress.step)
 
     @property
@@ -158,7 +159,7 @@ class Training:
             Again: somebody ran out of memory, or the loss cannot be used.
         """
         if self.alone and trouble is None and not counts:
-            if -math.inf < total <= self.spikes.ceiling:
+            if -math.inf < total < math.inf:
                 return total
             return self._unusable(batch, total)
         count = math.fsum(float(item) for item in counts)
@@ -180,7 +181,7 @@ class Training:
         elif trouble is not None:
             self._out_of_memory(trouble)
         loss = total / count if counts else total / self.group.world
-        if not -math.inf < loss <= self.spikes.ceiling:
+        if not math.isfinite(loss):
             return self._unusable(batch, loss)
         if not self.alone:
             self.group.reduce_gradients(self._parameters)
@@ -215,14 +216,15 @@ class Training:
     def updated(self, batch: Any, loss: float) -> None:
         """An update was made: count it, and see to what is due."""
         progress, results = self.progress, self.results
+        spike = self.spikes.add(loss, progress.epoch, progress.cursor) if self._spiking else None
         progress.step += 1
         progress.cursor += batch.samples
         progress.samples += batch.samples
         results.trained += loss
         results.updates += 1
         self._losses.append(loss)
-        if self._spiking:
-            self.spikes.add(loss)
+        if spike:
+            self._spiked(spike, loss, batch.samples)
         if progress.step == self._stop_at:
             self.stop.ask("a stop at this step")
             self._all_stop = True
@@ -249,7 +251,8 @@ class Training:
     def _save_if_due(self) -> None:
         if self._all_save or (self.alone and self.saving.due(self.progress.step)):
             self._all_save = False
-            self.saving.save(self)
+            if not self.spikes.suspicious:
+                self.saving.save(self)
 
     def poll(self) -> None:
         """Whether somebody asked to stop. Ranks agree on it in `agree`; in evaluation only a run alone can stop.
@@ -274,7 +277,8 @@ class Training:
         return {
             **({"steps": self.parts.span.steps} if self.parts.span.steps else {}),
             "step": progress.step, "epoch": progress.epoch, "samples": progress.samples, "loss": loss,
-            "seconds": time.perf_counter() - self._began, "cursor": progress.cursor, **self.results.last,
+            "seconds": time.perf_counter() - self._began, "trained": progress.samples - self._samples,
+            "cursor": progress.cursor, **self.results.last,
         }  # fmt: skip
 
     # -- trouble ------------------------------------------------------------------------------------------------
@@ -299,36 +303,53 @@ class Training:
         raise Again
 
     def _unusable(self, batch: Any, loss: float) -> float:
-        """A loss that is not finite, or explodes: back to the last good state, without this batch.
+        """A loss that is not finite: back to the last good state, without this batch.
 
         Raises:
             Again: always, or TrainingError where going back does not help.
         """
-        progress, recovery = self.progress, self.recovery
-        what = f"the loss of step {progress.step + 1} is {loss:.6g}" + ("" if math.isfinite(loss) else ", not finite")
-        place = (progress.epoch, progress.cursor)
+        what = f"the loss of step {self.progress.step + 1} is {loss:.6g}, not finite"
+        if self.recovery.give_up() and not self.parts.stage.names:
+            shown = ", ".join(str(index) for part in batch.parts[:1] for index in part.indices[:8])
+            raise TrainingError(
+                f"{what}, after going back {self.recovery.tries} times.",
+                remedy=f"Lower the learning rate, clip the gradient, or look at the samples of this batch: {shown}, …",
+            )
+        self._go_back(what, [(self.progress.epoch, self.progress.cursor)], batch.samples)
+        raise Again
+
+    def _spiked(self, places: list[Place], loss: float, samples: int) -> None:
+        """The last losses are far above all before: back to the last good state, without their batches.
+
+        Raises:
+            Again: always, unless that was tried too often.
+        """
+        if self.recovery.give_up() and not self.parts.stage.names:
+            self.spikes.off = True
+            self.say("guard", f"losses spike again after going back {self.recovery.tries} times: left as they are now")
+            return
+        self._go_back(f"the loss has risen to {loss:.6g} within {len(places)} steps", places, samples)
+        raise Again
+
+    def _go_back(self, what: str, places: list[Place], samples: int) -> None:
+        recovery = self.recovery
         if self.parts.stage.names:
             names = ", ".join(self.parts.stage.names)
             self.parts.without_techniques(what)
             self.forward = self.parts.make_forward()
             self.before_step = ()
             self.say("guard", f"{what}; {names} came off, back to the last good state")
-        elif recovery.give_up():
-            raise TrainingError(
-                f"{what}, after going back {recovery.tries} times.",
-                remedy="Lower the learning rate, clip the gradient, or look at these samples: "
-                + ", ".join(str(index) for part in batch.parts[:1] for index in list(part.indices)[:8]),
-            )
         else:
-            recovery.went_back(progress.step, *place)
-            self.say("guard", f"{what}; back to the last good state, without samples {place[1]} to "
-                              f"{place[1] + batch.samples - 1} of epoch {place[0]}")  # fmt: skip
-        kept = Recovery(recovery.tries, list(recovery.left_out), recovery.since)
+            recovery.went_back(self.progress.step, places)
+            (epoch, first), last = places[0], places[-1][1] + samples - 1
+            self.say(
+                "guard", f"{what}; back to the last good state, without samples {first} to {last} of epoch {epoch}"
+            )
+        elapsed = self.progress.seconds
         self.saving.rewind(self)
-        self.recovery = kept
+        self.recovery, self.progress.seconds = recovery, elapsed
         self.spikes.forget()
         self.recorder.rewound(self.progress.step)
-        raise Again
 
     def say(self, kind: str, text: str) -> None:
         """To the record and to the person (once, not from every rank)."""

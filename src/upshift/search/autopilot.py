@@ -216,6 +216,7 @@ class Autopilot:
             leave_out=options.leave_out,
             untested=options.untested,
             predicted=self.predicted,
+            fit=options.fit is not None,
         )
 
     # -- the search ----------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ CHANGES_TRAINING = (
     "changes the training: takes part only with --objective time-to-target or cost, a --metric and a --target"
 )
 
+#: Why a technique that trades time for memory is no candidate.
+SAVES_MEMORY = "saves memory and takes time: takes part only with --fit, or --only {name}"
+
 
 class Candidate(Record, frozen=True):
     """One technique with settings to try. `gain` is the predicted speed-up (1.0 where nothing can be predicted)."""
@@ -51,12 +54,14 @@ def candidates(
     untested: bool = False,
     predicted: Mapping[str, float] | None = None,
     training: bool = False,
+    fit: bool = False,
 ) -> tuple[list[Candidate], list[Trial]]:
     """The candidates, the most promising first, and a trial record for every technique that is not one.
 
     Args:
         training: only techniques that change the training; otherwise those are refused.
         predicted: technique -> speed-up a finding of the diagnosis predicts, where that is more than its own check.
+        fit: memory is limited, so techniques that save it at the cost of time take part.
     """
     predicted = predicted or {}
     found: list[Candidate] = []
@@ -73,6 +78,8 @@ def candidates(
             reason = "not asked for"
         elif card.name in leave_out:
             reason = "left out on request"
+        elif card.saves_memory and not fit and card.name not in only:
+            reason = SAVES_MEMORY.format(name=card.name)
         verdict = None
         if not reason:
             verdict = technique.check(seen)

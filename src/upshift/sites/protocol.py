@@ -82,6 +82,8 @@ class Card(msgspec.Struct, frozen=True):
     tested_on: tuple[str, ...] = ("cpu",)
     one_off: bool = False
     """Costs time once (compilation, filling a cache)."""
+    saves_memory: bool = False
+    """Trades time for memory: `tune` tries it only under a limit (`--fit`), or by name."""
     precision: Literal["optimizer", "float32", "bfloat16"] = "float32"
     """What the parameter updates may differ by: rounding of the optimizer's own arithmetic, of float32 or bfloat16."""
 
