@@ -14,6 +14,7 @@ from upshift.engine.parts import Parts
 from upshift.engine.preempt import StopRequest
 from upshift.engine.recording import Recorder
 from upshift.engine.saving import Saving
+from upshift.engine.scaling import sentence
 from upshift.engine.settings import Execution
 from upshift.engine.training import Training
 from upshift.errors import UpshiftError
@@ -108,6 +109,8 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
         saving.begin(training)
         training.begins()
         loop.train(training)
+        if group.world > 1 and training.speed is not None:
+            training.say("scaling", sentence(training.speed, group.world, None))
     except BaseException as raised:
         error = raised
         raise

@@ -84,6 +84,12 @@ class Training:
         """Seconds of training so far, those before it was resumed included."""
         return self.progress.seconds + time.perf_counter() - self._began
 
+    @property
+    def speed(self) -> float | None:
+        """Samples per second of all ranks since this process began to train; None where it trained none."""
+        trained = self.progress.samples - self._samples
+        return trained / (time.perf_counter() - self._began) if trained > 0 else None
+
     # -- how far ------------------------------------------------------------------------------------------------
 
     @property
