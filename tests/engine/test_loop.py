@@ -166,6 +166,8 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_update():
         ({"eval_data": None, "target": Target("accuracy", 0.5)}, "nothing to evaluate"),
         ({"optimizer": torch.optim.SGD}, None),
         ({"clip": -1.0}, "clip"),
+        ({"eval_data": None}, "metrics is given but nothing to evaluate on"),
+        ({"eval_data": None, "metrics": {}, "eval_every": 5}, "eval_every is given"),
         ({"epoch": 3}, "no 'epoch'"),
     ],
 )

@@ -154,6 +154,11 @@ class Job:
             raise UsageError(f"seed is {self.seed!r}.", remedy="seed is a whole number.")
         if self.target is not None:
             self._check_target(self.target)
+        needs = "metrics" if self.metrics else "eval_every" if self.eval_every is not None else ""
+        if needs and self.eval_data is None:
+            raise UsageError(
+                f"{needs} is given but nothing to evaluate on.", remedy=f"Give eval_data, or leave {needs} out."
+            )
 
     def _check_target(self, target: Target) -> None:
         known = [*self.metrics, "loss"]
