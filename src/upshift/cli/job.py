@@ -64,7 +64,7 @@ def _execution(spec: JobSpec, reference: str, bar: Bar) -> Any:
         out=Path(spec.out) if spec.out else None, resume=spec.resume, plan=spec.plan, plan_file=spec.plan_file,
         reference=reference, device=spec.device, micro_batch=spec.micro_batch, loader=dict(spec.loader),
         save_seconds=spec.save_seconds, save_steps=spec.save_steps, interruption_seconds=spec.interruption_seconds,
-        grace=spec.grace, notice=spec.notice, parallel=spec.parallel, stop_at=spec.stop_at,
+        grace=spec.grace, notice=spec.notice, parallel=spec.parallel, stop_at=spec.stop_at, process_ends=True,
         environment=dict(spec.environment),
         say=bar.say, metrics=bar.metrics, progress=bar.show if bar.live else None,
     )  # fmt: skip

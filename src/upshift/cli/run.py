@@ -115,7 +115,9 @@ def command(
         )  # fmt: skip
         api.run_job(target, job, say)
     if not module and not Path(target.name).exists() and not target.starts_others:
-        raise UsageError(f"there is no script and no program {target.name}.", remedy="Check the path, and PATH.")
+        raise UsageError(
+            f"there is no script {target.name}, and no program of that name.", remedy="Check the path, and PATH."
+        )
     _only_for_jobs(fit=fit, out=out, settings=settings, nproc=nproc > 1, device=device, micro_batch=micro_batch,
                    workers=workers, save_every=save_every, notice=notice)  # fmt: skip
     options = api.RunOptions(

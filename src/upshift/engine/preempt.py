@@ -34,12 +34,17 @@ AT_ONCE = 3
 class StopRequest:
     """Whether somebody asked this run to stop. Use as a context: handlers are put back at its end."""
 
-    def __init__(self, grace: float, say: Callable[[str], None], notice: str = "") -> None:
+    def __init__(
+        self, grace: float, say: Callable[[str], None], notice: str = "", *, process_ends: bool = False
+    ) -> None:
         """
         Args:
             grace: seconds between the request and the moment everything must be over.
             notice: a shell command that exits with 0 when the machine is about to be taken away.
+            process_ends: nothing comes after the training: a run that was asked to stop ignores who asks again, and
+                exits with its own code.
         """
+        self._process_ends = process_ends
         self.asked = False
         self.why = ""
         self.code = PREEMPTED
@@ -68,6 +73,8 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         for number, handler in self._before.items():
+            if self.asked and self._process_ends:
+                handler = signal.SIG_IGN
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before.clear()
         if self._wake_write >= 0:

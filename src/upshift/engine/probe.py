@@ -31,6 +31,7 @@ from upshift.engine.job import Job, Weighted
 from upshift.engine.memory import is_out_of_memory
 from upshift.engine.microbatch import HEADROOM
 from upshift.records.plan import Setting
+from upshift.units import binary
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,12 @@ def run(request: Request) -> Report:
         else:
             report.error = f"{type(error).__name__}: {error}"
     report.peak_bytes = peak(device) if report.limit is not None else None
+    if report.fits and report.limit is not None and (report.peak_bytes or 0) > HEADROOM * report.limit:
+        # What the cap does not count (pages of files) counts here.
+        report.fits = False
+        report.why = (
+            f"it held {binary(report.peak_bytes or 0)} of memory, {HEADROOM:.0%} of {binary(report.limit)} are allowed"
+        )
     return report
 
 

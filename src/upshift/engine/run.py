@@ -94,7 +94,7 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
         _tell(recorder, settings, group, kind, f"{kind} {name}: {text}")
 
     parts = Parts(job, settings, group, say, outside)
-    stop = StopRequest(settings.grace, settings.say, settings.notice)
+    stop = StopRequest(settings.grace, settings.say, settings.notice, process_ends=settings.process_ends)
     saving = Saving(parts, store)
     training = Training(parts, recorder, saving, stop)
     recorder.start(

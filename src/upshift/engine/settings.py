@@ -34,6 +34,7 @@ class Execution:
         notice: a shell command that exits with 0 when the machine is about to be taken away.
         parallel: `ddp` or `fsdp2`, where several processes train together.
         spikes: whether a loss that explodes is treated like one that is not finite.
+        process_ends: nothing comes after the training in this process.
         stop_at: stop after this update as if somebody had asked for it.
         on_batch: told of every update before it is made: step, epoch, indices of this rank's samples.
         say: told what a person should read.
@@ -58,6 +59,7 @@ class Execution:
     spikes: bool = True
     stop_at: int | None = None
     signals: bool = True
+    process_ends: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     on_batch: Callable[[int, int, Any], None] | None = None
     say: Callable[[str], None] = _silent

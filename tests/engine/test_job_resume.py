@@ -220,6 +220,7 @@ def test_more_signals_while_it_saves_do_no_harm(tmp_path):
     assert all(item.verified for item in Store(out).checkpoints(verify=True))
 
 
+@pytest.mark.extra
 def test_sigterm_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
     out = tmp_path / "run"
     process = start(out, "--grace", "5s", "--set", "seconds=0.5", "tiny_jobs.py:slow")
@@ -261,7 +262,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
     out = tmp_path / "run"
     job = ("--set", "epochs=6", "tiny_jobs.py:plain")
     launched(out, 2, "--set", "epochs=2", "tiny_jobs.py:plain")
-    launched(out, 1, "--set", "epochs=4", "tiny_jobs.py:plain")
+    assert run(plain.set(epochs=4), out=out).steps == 28
     said = launched(out, 2, *job)
     assert "1 processes then, 2 now" in said
     alone = run(plain.set(epochs=6))
@@ -269,6 +270,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
     assert max(float((weights[name] - value).abs().max()) for name, value in alone.model.state_dict().items()) < 1e-4
 
 
+@pytest.mark.extra
 def test_a_killed_rank_is_started_again_and_goes_on_bitwise(tmp_path):
     launched(tmp_path / "whole", 2, "--save-every", "2", "--set", "epochs=12", "tiny_jobs.py:slow")
     process = start(tmp_path / "run", "--nproc", "2", "--save-every", "2", "--set", "epochs=12", "tiny_jobs.py:slow")
