@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -350,6 +351,10 @@ def test_an_explosion_is_not_called_too_short_a_horizon() -> None:
     found = lag(stock, planned)
     assert found.low is not None and found.low < 0.0, "its interval must be the kind that excludes nothing"
     assert not judge(lag=found).passed
+    # Where rounding alone decorrelates the arms, only its size tells an explosion from noise.
+    wild = msgspec.structs.replace(GOOD, step=3, relative_error=0.9)
+    exploded = judge(lag=found, updates=[GOOD, wild])
+    assert not exploded.passed and "far higher" in exploded.reason
 
 
 def test_another_random_stream_is_held_to_the_spread_of_seeds() -> None:
