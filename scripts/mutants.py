@@ -71,7 +71,8 @@ MUTANTS = (
     Mutant("search/accept.py", "    if several_optimizers:\n", "    if False:\n",
            f"{CURVES}::test_two_losses_that_work_against_one_another_are_no_trajectory"),
     # Updates and curves
-    Mutant("measure/updates.py", "            and not self.dead\n", "", f"{ACCEPT}::test_a_dead_small_parameter_is_found"),
+    Mutant("measure/updates.py", "            and not self.dead\n", "",
+           f"{ACCEPT}::test_a_dead_small_parameter_is_found"),
     Mutant("measure/updates.py", "passed = all(np.array_equal(r[name], c[name]) for name in r)", "passed = True",
            f"{ACCEPT}::test_bitwise_needs_every_bit"),
     Mutant("measure/updates.py", "            and 1.0 / (1.0 + limits.norm) <= self.norm <= 1.0 + limits.norm\n", "",
