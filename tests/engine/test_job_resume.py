@@ -190,7 +190,7 @@ def begun(out, process, steps=1, timeout=60):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)])
 def test_a_signal_ends_in_a_durable_checkpoint(number, workers, tmp_path):
     out = tmp_path / "run"
     process = start(out, "--save-every", "5", "--grace", "5s", "--workers", workers, "tiny_jobs.py:slow",
@@ -249,7 +249,7 @@ def state(out):
     return store.load(store.newest(), rank=0)[0]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.extra), "fsdp2"])
 def test_two_processes_train_what_one_does(parallel, tmp_path):
     launched(tmp_path / "two", 2, "--parallel", parallel, "--micro-batch", "9", "tiny_jobs.py:plain")
     alone = run(plain)

@@ -70,7 +70,11 @@ def loaded(data: Path, monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("reference", SMALL)
+@pytest.mark.parametrize(
+    "reference",
+    # One of them in every run of the tests, all with `make soak`.
+    [pytest.param(item, marks=() if "tabular" in item else pytest.mark.extra) for item in SMALL],
+)
 def test_job_trains_and_is_saved(reference: str, data: Path, tmp_path: Path) -> None:
     values = [f"--set={key}={value}" for key, value in settings(reference, data).items()]
     done = subprocess.run(
