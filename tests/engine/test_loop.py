@@ -316,3 +316,12 @@ def test_the_time_of_a_run_counts_once_after_going_back(tmp_path):
     began = time.perf_counter()
     result = run(tiny_jobs.poisoned(at=20), out=tmp_path / "run")
     assert result.seconds <= time.perf_counter() - began
+
+
+def test_a_technique_that_acts_on_the_loss_acts_on_that_of_a_job():
+    from upshift.engine.run import train_job
+    from upshift.engine.settings import Execution
+
+    found = train_job(plain, Execution(plan={"label_smoothing": {"smoothing": 0.1}}))
+    assert far(found.model, by_hand(plain, partial(F.cross_entropy, label_smoothing=0.1))) < 1e-6
+    assert far(found.model, by_hand(plain)) > 1e-3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,14 +60,14 @@ class Parts:
         self._evaluation: Data | None = None
         self.span = Span(self._steps(), job.global_batch, self.data.length)
         self.average = Average(self.model, job.average, self.span) if job.average is not None else None
-        self.schedule = self._schedule()
+        self.schedule = bind(job.schedule, self.optimizer, self.span)
         self.loss = self._loss()
         self._keys: tuple[str, ...] | None = None
+        self.description = self._describe()
         if group.world > 1:
-            digest = _digest([repr(item) for item in sorted(self.describe().items())])
+            digest = _digest([repr(item) for item in sorted(self.description.items())])
             preflight(group, digest=digest, parameters=sum(item.numel() for item in self.parameters))
-        # Ranks draw different numbers from here on (dropout), one process those of an ordinary script.
-        if group.world > 1:
+            # Ranks draw different numbers from here on (dropout), one process those of an ordinary script.
             seed_everything(job.seed, group.rank + 1)
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -89,10 +88,9 @@ class Parts:
         )  # fmt: skip
 
     def _steps(self) -> int | None:
-        job, n = self.job, self.data.length
-        if job.steps is not None:
-            return job.steps
-        return math.ceil(n / job.global_batch) * (job.epochs or 0) if n is not None else None
+        if self.job.steps is not None:
+            return self.job.steps
+        return self.data.steps * (self.job.epochs or 0) if self.data.steps is not None else None
 
     def evaluation_parts(self) -> Iterator[Any]:
         """The evaluation data, each sample once over all ranks."""
@@ -121,9 +119,6 @@ class Parts:
 
     # -- optimisation -------------------------------------------------------------------------------------------
 
-    def _schedule(self) -> Any:
-        return bind(self.job.schedule, self.optimizer, self.span)
-
     def new_metrics(self) -> Metrics:
         """Metrics at zero."""
         return Metrics(self.job.metrics, self.group)
@@ -134,9 +129,20 @@ class Parts:
             return _own_loss
         import torch
 
-        if loss is torch.nn.functional.cross_entropy:
-            self.stage.raise_site(LossFunctionSeen(name="cross_entropy"))
-        return loss
+        if loss is not torch.nn.functional.cross_entropy:
+            return loss
+        self.stage.raise_site(LossFunctionSeen(name="cross_entropy"))
+        if not self.stage.losses_for("cross_entropy"):
+            return loss
+
+        def with_techniques(output: Any, target: Any) -> Any:
+            arguments = {"input": output, "target": target}
+            if torch.is_grad_enabled():
+                for _, applied in self.stage.losses_for("cross_entropy"):
+                    applied.before_loss(arguments)
+            return loss(**arguments)
+
+        return with_techniques
 
     # -- techniques ---------------------------------------------------------------------------------------------
 
@@ -216,7 +222,7 @@ class Parts:
 
     # -- who it is ----------------------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """What a checkpoint must agree with, so that a resumed run is the same training."""
         job = self.job
         shapes = [f"{name} {tuple(item.shape)} {item.dtype}" for name, item in self.model.named_parameters()]

@@ -91,7 +91,7 @@ def _tell(recorder: Recorder, settings: Execution, group: Group, kind: str, text
 def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, store: Any,
            outside: dict[str, str]) -> Result:  # fmt: skip
     def say(kind: str, name: str, text: str) -> None:
-        _tell(recorder, settings, group, kind, f"{kind} {name}: {text}")
+        _tell(recorder, settings, group, kind, f"{kind} {name}: {text}" if name else text)
 
     parts = Parts(job, settings, group, say, outside)
     stop = StopRequest(settings.grace, settings.say, settings.notice, process_ends=settings.process_ends)

@@ -66,7 +66,7 @@ class Training:
         self._began = self._tick = self._window = time.perf_counter()
         self._spiking = parts.settings.spikes
         self.alone = parts.group.world == 1
-        self.description = parts.describe()
+        self.description = parts.description
         self._losses, self._samples = recorder.losses, 0
         self._in_evaluation = False
         self._stop_at = parts.settings.stop_at
