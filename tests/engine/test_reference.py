@@ -98,3 +98,13 @@ def test_on_the_command_line_a_job_says_what_it_does(file):
     assert done.returncode == 0 and "8 steps, 128 samples" in done.stderr, done.stderr
     done = launch(f"{file.name}:job", "--lr", "3", cwd=file.parent)
     assert done.returncode == 2 and "no argument '--lr'" in done.stderr
+
+
+def test_a_plan_holds_for_the_settings_it_was_measured_with(file):
+    """However they are written, before the job or behind it; how long it trains does not matter."""
+    from upshift.api import Target
+
+    def mark(*arguments):
+        return Target(f"{file}:sized", arguments).script.mark({}, "cpu", ()).arguments
+
+    assert mark("--set", "width=8") == mark("--set=width=8") == mark("width=8", "epochs=3") != mark("width=9")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from upshift.api.target import ENTRY, Say, Target
+from upshift.api.running import RunOptions, choose_plan
+from upshift.api.target import ENTRY, Say, Target, bare_settings
 from upshift.errors import PlanError, UsageError
 from upshift.hardware import machine
 from upshift.hardware.device import device_name, kinds_here
 from upshift.hook import choosing
-from upshift.hook.boot import OUTSIDE
 from upshift.hook.process import environment
 from upshift.records import Plan
 from upshift.records.plan import Setting
@@ -87,17 +87,16 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
     """
     reference = target.job
     launcher = _launcher(target, options)
-    chosen = _chosen(target, options)
+    settings = {**options.settings, **_settings_behind(target)}
+    chosen = _chosen(target, settings, options)
     for note in chosen.notes:
         say(note)
-    micro_batch = _micro_batch(target, options, chosen, launcher, say)
+    micro_batch = _micro_batch(target, settings, options, chosen, launcher, say)
     env = environment(chosen.techniques)
-    if launcher and OUTSIDE in env:
-        env.pop(OUTSIDE)
     folder = (options.out or options.runs / new_id()).absolute()
     described = {**machine.describe(), "device": device_name(kinds_here()[0])}
     spec = JobSpec(
-        out=str(folder), resume=options.resume, settings={**options.settings, **_settings_behind(target)},
+        out=str(folder), resume=options.resume, settings=settings,
         plan=chosen.techniques, plan_file=chosen.file, device=options.device, micro_batch=micro_batch,
         loader={"num_workers": options.workers} if options.workers is not None else {},
         save_seconds=options.save_seconds, save_steps=options.save_steps,
@@ -125,8 +124,8 @@ def _launcher(target: Target, options: JobOptions) -> list[str]:
     return []
 
 
-def _micro_batch(target: Target, options: JobOptions, chosen: choosing.Chosen, launcher: list[str],
-                 say: Say) -> int | None:  # fmt: skip
+def _micro_batch(target: Target, settings: dict[str, str], options: JobOptions, chosen: choosing.Chosen,
+                 launcher: list[str], say: Say) -> int | None:  # fmt: skip
     """The micro-batch of this run: as given, or searched."""
     if not isinstance(options.micro_batch, str):
         return options.micro_batch
@@ -137,7 +136,6 @@ def _micro_batch(target: Target, options: JobOptions, chosen: choosing.Chosen, l
     from upshift.engine.probing import find_micro_batch
     from upshift.engine.reference import load_job
 
-    settings = {**options.settings, **_settings_behind(target)}
     job = load_job(target.job, settings)
     share = -(-job.global_batch // options.processes)
     limit = options.fit // options.processes if options.fit is not None else None
@@ -165,30 +163,21 @@ def parse_settings(arguments: tuple[str, ...]) -> dict[str, str]:
         UsageError: something else stands there.
     """
     found: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        item = rest.pop(0)
-        text = rest.pop(0) if item == "--set" and rest else item.removeprefix("--set=")
-        key, equals, value = text.partition("=")
-        if not item.startswith("--set") or not equals or not key.isidentifier():
+    for item in bare_settings(arguments):
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
             raise UsageError(f"a job has no argument {item!r}.", remedy="Change its fields with --set KEY=VALUE.")
         found[key] = value
     return found
 
 
-def _chosen(target: Target, options: JobOptions) -> choosing.Chosen:
-    from upshift.sites.runner import ChildSpec
-
-    script = target.script
-    file = options.plan or target.plan_file
-    wanted = choosing.Wanted(
-        plan=str(file) if options.plan or file.exists() else "", no_plan=options.no_plan,
-        allow_stale=options.allow_stale, require=options.require,
-    )  # fmt: skip
-    if not wanted.plan and not options.no_plan:
-        return choosing.Chosen({}, "", (f"no plan beside {target.job}: trained as it is",))
-    spec = ChildSpec(mode="run", target=script.name, arguments=script.arguments, module=True)
-    return choosing.choose_plan(spec, wanted)
+def _chosen(target: Target, settings: dict[str, str], options: JobOptions) -> choosing.Chosen:
+    """The plan, if it was measured on this job with these settings."""
+    asked = Target(target.job, tuple(f"{key}={value}" for key, value in settings.items()))
+    wanted = RunOptions(
+        plan=options.plan, no_plan=options.no_plan, allow_stale=options.allow_stale, require=options.require
+    )
+    return choose_plan(asked, wanted)
 
 
 def run(job: Job, plan: Plan | Path | None = None, *, out: str | Path | None = None, resume: str = "auto",
@@ -258,7 +247,7 @@ def _reference_of(job: Job) -> str:
             continue
         for key, value in list(vars(module).items()):
             if value is job and not key.startswith("_"):
-                if name != "__main__" and "upshift.cli.job" in sys.orig_argv:
+                if name != "__main__" and ENTRY in sys.orig_argv:
                     raise UsageError(
                         f"{file} tunes its job while it is imported.",
                         remedy='Put the call under `if __name__ == "__main__":`.',

@@ -40,9 +40,11 @@ class RunOptions:
 def choose_plan(target: Target, options: RunOptions) -> Chosen:
     """The plan for this script on this machine; see `hook.choosing`."""
     script = target.script
-    spec = ChildSpec(mode="run", target=script.name, arguments=script.arguments, module=script.module)
-    if target.job and options.plan is None and target.plan_file.exists():
+    if target.job and options.plan is None and not options.no_plan:
+        if not target.plan_file.exists():
+            return Chosen({}, "", (f"no plan beside {target.job}: trained as it is",))
         options = replace(options, plan=target.plan_file)
+    spec = ChildSpec(mode="run", target=script.name, arguments=script.arguments, module=script.module)
     return choosing.choose_plan(spec, _wanted(options))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,9 @@ class Target:
     @property
     def script(self) -> Target:
         """What is run in its place: a job is trained by a module of ours, which is a script like any other."""
-        return self if self.module or not self.job else Target(ENTRY, (self.job, *self.arguments), module=True)
+        if self.module or not self.job:
+            return self
+        return Target(ENTRY, (self.job, *bare_settings(self.arguments)), module=True)
 
     @property
     def starts_others(self) -> bool:
@@ -99,6 +101,11 @@ class Target:
     def mark(self, techniques: dict[str, dict[str, Setting]], device: str, files: tuple[str, ...]) -> Fingerprint:
         """What a plan of these techniques for this target is measured on; `files`: the modules it imports."""
         return choosing.mark(self.name, self.arguments, techniques, device, files, module=self.module)
+
+
+def bare_settings(arguments: Sequence[str]) -> tuple[str, ...]:
+    """`--set KEY=VALUE` and `--set=KEY=VALUE` as KEY=VALUE: a plan holds for one set of them, however written."""
+    return tuple(item.removeprefix("--set=") for item in arguments if item != "--set")
 
 
 def _is_python_script(path: Path) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 from upshift.api.jobs import SPEC, JobSpec, parse_settings
 from upshift.cli.show import safe
 from upshift.errors import UpshiftError, UsageError
+from upshift.hook.boot import OUTSIDE
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     bar = Bar(job, quiet=spec.quiet or not first)
     settings = _execution(spec, reference, bar)
     try:
-        result = train_job(job, settings, json.loads(os.environ.pop("UPSHIFT_OUTSIDE", "{}")))
+        result = train_job(job, settings, json.loads(os.environ.pop(OUTSIDE, "{}")))
     finally:
         bar.close()
     if first:
