@@ -89,6 +89,15 @@ def test_a_model_without_attention_is_found_out_in_its_first_call():
     assert applied.effect() is None
 
 
+def test_attention_is_seen_although_somebody_has_wrapped_the_function(monkeypatch):
+    function = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args, **more: function(*args, **more))
+    net = build("attention")
+    applied = applied_to(net)
+    applied.around(net, net, (torch.randn(2, 12, 16),), {})
+    assert applied.effect() is None
+
+
 def test_code_compiled_later_is_compiled_once():
     """Watching is a mode that guards see: a first call under it would be compiled for that call alone."""
     from torch._dynamo.testing import CompileCounter

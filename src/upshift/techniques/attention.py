@@ -106,9 +106,14 @@ def _watch() -> Any:
     from torch.overrides import TorchFunctionMode
 
     seen: list[bool] = []
-    functional = torch.nn.functional
-    # What multi-head attention calls is hidden from the mode, since it dispatches as one function.
-    functions = (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
+    functional, native = torch.nn.functional, torch._C._nn
+    # What multi-head attention calls is hidden from the mode, since it dispatches as one function. Somebody may have
+    # wrapped the function of the module, as is done to watch it: then it is torch's own that the mode sees.
+    functions = (
+        functional.scaled_dot_product_attention,
+        native.scaled_dot_product_attention,
+        functional.multi_head_attention_forward,
+    )
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
