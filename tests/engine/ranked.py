@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "upshift.engine.ranks", "upshift.engine.plainstate"]
 )
+
+# Nothing else uses this signal: the watch of the ranks takes SIGUSR2 for itself.
+ASKED = signal.SIGRTMIN
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,19 @@ class Started:
         for rank in self.ranks:
             rank.join(timeout)
         running = [i for i, rank in enumerate(self.ranks) if rank.is_alive()]
+        for i in running:
+            self._stacks(i)
         self.kill()
         found = [self._ended(i) for i in range(len(self.ranks))]
         assert not running, f"ranks {running} did not end: {[ended.text for ended in found]}"
         return found
+
+    def _stacks(self, rank: int) -> None:
+        """Let a rank that did not end write where it stands."""
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, ASKED)
+        time.sleep(1.0)
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -89,6 +104,7 @@ def _rank(env: dict[str, str], out: str, target: Callable[..., Any], arguments: 
     text = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(text, 1)
     os.dup2(text, 2)
+    faulthandler.register(ASKED)
     try:
         value = target(*arguments)
     except SystemExit:
