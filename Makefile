@@ -46,7 +46,7 @@ test-cuda: $(STAMP)  ## tests that need a CUDA device
 
 soak: $(STAMP)   ## long simulations of the statistics, a search by whole runs, faults at scale
 	$(BIN)/python benchmarks/proof_simulation.py
-	$(BIN)/pytest -m extra tests/e2e/test_objective.py tests/engine tests/examples
+	$(BIN)/pytest -m extra
 	$(BIN)/python benchmarks/engine/crash_states.py --all
 	$(BIN)/python benchmarks/engine/kills.py --kills 3000
 

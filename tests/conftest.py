@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,13 @@ def python(*arguments: str, cwd: Path, **more: str) -> Ended:
 def upshift(*arguments: str, cwd: Path, **more: str) -> Ended:
     """`upshift ARGUMENTS`."""
     return execute([UPSHIFT, *arguments], cwd, **more)
+
+
+def often(cases: Iterable[Any], *names: Any) -> list[Any]:
+    """For `parametrize`: the cases of `names` belong to every run of the tests, the others to `make soak`."""
+    found = [case if case in names else pytest.param(case, marks=pytest.mark.extra) for case in cases]
+    assert len(found) > len(names) == sum(case in names for case in cases), "a case is named that is not there"
+    return found
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 import doc_pages as pages
+import pytest
 import test_how_to as how_to
 
 PAGE = pages.ROOT / "docs" / "tutorial-job.md"
@@ -62,6 +63,7 @@ def same(expected: str, said: str) -> bool:
     return doctest.OutputChecker().check_output(want, got, how_to.OPTIONS)
 
 
+@pytest.mark.extra
 def test_the_tutorial_does_what_it_shows(tmp_path: Path) -> None:
     code, executed = 0, 0
     for block in blocks():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TRAIN, UPSHIFT, execute, python
+from conftest import TRAIN, UPSHIFT, execute, often, python
 
 DIAGNOSE = ("diagnose", "--no-probe", "-q", "--seconds", "3s")
 
@@ -158,6 +158,7 @@ def test_module_that_is_not_there(place):
         assert ended.code == 2 and name.partition(".")[0] in said and words in said
 
 
+@pytest.mark.extra
 def test_patience_ends(place):
     began = time.monotonic()
     ended, said = ask(place, *DIAGNOSE, "--patience", "3s", "train.py", source="while True: pass")
@@ -207,7 +208,7 @@ TRAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", often(TRAINING, "crash in the middle"))
 def test_short_trainings(place, name):
     source, code, words = TRAINING[name]
     ended, said = ask(place, *DIAGNOSE, "train.py", source=source)
@@ -237,7 +238,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("isolation", ["", "redirect"])
+@pytest.mark.parametrize("isolation", often(["", "redirect"], "redirect"))
 def test_script_that_never_gives_up_changes_nothing(place, isolation):
     here = place / "here"
     (here / "best.pt").write_bytes(b"the good checkpoint")
@@ -261,6 +262,7 @@ def test_script_that_never_gives_up_changes_nothing(place, isolation):
     assert content(here) == before
 
 
+@pytest.mark.extra
 def test_one_core(place):
     taskset = shutil.which("taskset")
     if taskset is None:

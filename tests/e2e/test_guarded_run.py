@@ -128,6 +128,7 @@ def test_the_one_that_harms_comes_off_and_the_loss_comes_back(tmp_path, planned)
     assert sum(losses[-20:]) < sum(losses[:20]) / 2
 
 
+@pytest.mark.extra
 def test_where_the_training_itself_is_the_reason_nothing_stops_and_that_is_said(tmp_path, planned):
     ended = upshift("run", "train.py", cwd=tmp_path, **{**planned, "STEPS": "1100", "WRONG": "1"})
     assert ended.code == 0, ended.err

@@ -102,6 +102,7 @@ def test_the_plan_of_the_script_acts_in_each_rank_and_comes_off_with_the_rank_na
 # -- other commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extra
 def test_a_shell_script_starts_several_programs(tmp_path: Path, train: Path, write: Write) -> None:
     write("own/sitecustomize.py", "import sys\nsys.mine = [item for item in sys.path if 'below' in item]")
     write("package/__init__.py", "")
@@ -180,6 +181,7 @@ def test_refusals(tmp_path: Path, write: Write, arguments: list[str], code: int,
 # -- children of one script -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extra
 def test_children_that_train_are_recorded_and_no_others(tmp_path: Path) -> None:
     script = str(SCRIPTS / "children.py")
     with ThreadPoolExecutor(2) as pool:

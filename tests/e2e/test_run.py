@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Ended, execute, python, upshift
+from conftest import Ended, execute, often, python, upshift
 
 from upshift.records.runlog import fold
 
@@ -87,6 +87,7 @@ def test_streams_of_the_zoo_are_the_same(zoo):
     assert "lr_scheduler.step()" not in hooked.err
 
 
+@pytest.mark.extra
 def test_script_that_starts_processes(tmp_path):
     plain, hooked = both([str(SCRIPTS / "processes.py")], tmp_path, tmp_path / "runs")
     assert plain.code == 0, plain.err
@@ -101,7 +102,7 @@ def test_module_with_a_configurator(tmp_path):
     assert run_of(tmp_path / "runs").steps == 4
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_model_the_script_compiles(tmp_path):
     plain, hooked = both([str(SCRIPTS / "compiled.py")], tmp_path, tmp_path / "runs")
     assert plain.code == 0, plain.err
@@ -181,7 +182,10 @@ def test_safe_path_is_respected(tmp_path, write):
     same(plain, hooked)
 
 
-@pytest.mark.parametrize("name", ["json", "queue", "msgspec", "tomllib", "select", "trial", "typing", "logging"])
+OWN = ["json", "queue", "msgspec", "tomllib", "select", "trial", "typing", "logging"]
+
+
+@pytest.mark.parametrize("name", often(OWN, "json", "typing"))
 def test_own_module_named_like_one_of_the_library(tmp_path, write, name):
     write(f"{name}.py", "mine = 'own module'\n__path__ = []")
     write("train.py", f"import {name}\nprint(getattr({name}, 'mine', None), {name}.__name__)")
@@ -264,6 +268,7 @@ def test_record_is_private_and_holds_no_secrets(tmp_path, train):
     assert sum(window.n for window in run.windows) == 5
 
 
+@pytest.mark.extra
 def test_training_in_a_thread_that_outlives_the_main_part(tmp_path, write):
     source = """
         import threading, time, torch
@@ -292,6 +297,7 @@ def test_pipe_that_closes_early_ends_both_alike(tmp_path, write):
         assert (tmp_path / "err.txt").read_text().splitlines()[-1] == "BrokenPipeError: [Errno 32] Broken pipe"
 
 
+@pytest.mark.extra
 def test_quiet_says_nothing(tmp_path, train):
     ended = upshift("run", "-q", "--no-plan", "train.py", cwd=tmp_path)
     assert ended.said == () and ended.err == "" and ended.code == 0

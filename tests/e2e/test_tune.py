@@ -108,7 +108,7 @@ def test_run_applies_the_plan_and_gives_the_same_bits_as_python(tuned: tuple[Pat
     assert drawn.code == 0 and "cache" in drawn.err
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_an_edited_setting_or_script_makes_the_plan_stale(
     tuned: tuple[Path, dict[str, str], str], tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_printed_metric_ends_in_the_plan_and_touches_nothing(script: Path) -> No
     assert ran.code == 0 and any("fused" in line for line in ran.said)
 
 
+@pytest.mark.extra
 def test_metric_from_a_csv_file_and_not_shown_is_exit_code_9(script: Path) -> None:
     done = upshift("verify", "--metric", "val_f1:max", "--margin", "1e-9", "--seeds", "2", "-q", "train.py",
                    cwd=script.parent)  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import often
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +190,7 @@ def begun(out, process, steps=1, timeout=60):
     raise AssertionError("no checkpoint came")
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", often(["0", "2"], "2"))
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)])
 def test_a_signal_ends_in_a_durable_checkpoint(number, workers, tmp_path):
     out = tmp_path / "run"
@@ -257,6 +258,7 @@ def test_two_processes_train_what_one_does(parallel, tmp_path):
     assert max(float((weights[name] - value).abs().max()) for name, value in alone.model.state_dict().items()) < 1e-5
 
 
+@pytest.mark.extra
 def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path):
     """World size 2, then 1, then 2: the order of samples is that of one process, and so is the training."""
     out = tmp_path / "run"

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed.run
+from conftest import often
 from ranked import CONTEXT, WIDTH, Started, build
 
 from upshift.engine.group import LOST, Group
@@ -87,7 +88,7 @@ def started():
         ranks.kill()
 
 
-@pytest.mark.parametrize("first", ["agree", "python"])
+@pytest.mark.parametrize("first", often(["agree", "python"], "agree"))
 def test_a_rank_is_killed(tmp_path, started, first):
     """Row 11: the other one is out at once, in a collective or in a computation of its own."""
     ranks = begin(tmp_path / "a", first, "python", timeout=120)
@@ -158,6 +159,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.extra
 def test_the_launcher_is_killed(tmp_path):
     """Row 13: no orphans, not even one that ignores SIGTERM."""
     script = tmp_path / "train.py"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import often
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -76,7 +77,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", TINY)
+@pytest.mark.parametrize("script", often(TINY, "digits.py", "char_gpt.py"))
 def test_script_trains_and_saves(script: str, tiny_data: Path, tmp_path: Path) -> None:
     arguments = TINY[script].split()
     if "get_data" in (EXAMPLES / script).read_text(encoding="utf-8"):

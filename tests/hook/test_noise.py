@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import upshift
+from conftest import often, upshift
 from torch import nn
 from torch.nn import functional as F
 from watched import Keeping, watched
@@ -344,7 +344,7 @@ for epoch in range(1000):
 """
 
 
-@pytest.mark.parametrize(("batch", "speaks"), [(2, True), (512, False)])
+@pytest.mark.parametrize(("batch", "speaks"), often([(2, True), (512, False)], (2, True)))
 def test_diagnose_speaks_of_a_batch_of_two_and_not_of_one_of_512(
     write: Callable[[str, str], Path], batch: int, speaks: bool
 ) -> None:

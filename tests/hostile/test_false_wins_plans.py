@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN, UPSHIFT, execute
+from conftest import TRAIN, UPSHIFT, execute, often
 
 from upshift.hardware.device import device_name, kinds_here
 from upshift.records import Plan, Proof, planfile
@@ -52,7 +52,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", often(EDITS, "another script", "an edited setting"))
 def test_a_plan_of_something_else_is_not_used(place: Path, edit: str) -> None:
     old, new, reason = EDITS[edit]
     file = place / "train.upshift.toml"

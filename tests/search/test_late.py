@@ -18,8 +18,8 @@ from upshift.sites.runner import ChildSpec
     ("fault", "size", "said"),
     [
         ("dropped_gradient", 1.0, "at step 17, from one and the same state, the gradients differ more"),
-        ("dropout_off", 1.0, "dropout draws no mask, "),
-        ("loss_scale", 1e-7, ""),
+        pytest.param("dropout_off", 1.0, "dropout draws no mask, ", marks=pytest.mark.extra),
+        pytest.param("loss_scale", 1e-7, "", marks=pytest.mark.extra),
     ],
 )
 def test_what_is_seen(tmp_path, fault, size, said):
@@ -36,6 +36,7 @@ def test_what_is_seen(tmp_path, fault, size, said):
         duel.close()
 
 
+@pytest.mark.extra
 def test_a_script_that_ends_first_is_no_evidence_and_is_said(tmp_path, write):
     write("train.py", TRAIN.format(steps=5))
     duel = Duel(HookRunner(scratch=tmp_path), ChildSpec(mode="arm", target=str(tmp_path / "train.py")), timeout=120.0)
