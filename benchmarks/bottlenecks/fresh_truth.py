@@ -38,15 +38,12 @@ CASES = (
     _case("npz_files", "one small compressed archive a sample", *_DATA),
     _case("spectrogram_each_epoch", "the same spectrograms computed in every epoch", *_DATA),
     _case("graph_collate", "adjacency matrices filled edge by edge in collate", *_DATA),
-    _case("locked_store", "a lock in the dataset that loader workers queue for", *_DATA),
     _case("loader_per_epoch", "a new loader with new workers in each short epoch", "workers_restarted"),
     _case("records_to_tensors", "batches built from dictionaries in the training loop", "host_batching"),
     # On a GPU the host also waits for each of these values, and to say so is to name the same line.
     _case("statistics_by_item", "`.item()` for every sample in each step", "logging_each_step", "sync_per_step"),
-    _case("prediction_log", "every prediction written to a flushed log", "logging_each_step"),
     _case("one_sequence_a_step", "a batch of one", "small_batch_overhead", work=2.0),
     _case("backward_per_sample", "accumulation over micro-batches of one", "tiny_micro_batches"),
-    _case("leaky_integrator", "a Python loop over time steps", "python_loop"),
     _case("validates_often", "validation every four steps", "evaluation_too_often"),
     _case("snapshot_each_step", "a checkpoint in each step", "checkpoint_too_often"),
     _case("item_vectors", "dense gradients of two large tables", "dense_embedding_gradient"),
@@ -61,7 +58,6 @@ CASES = (
     _case("multi_scale", "compiled anew for each size of a crop", "recompiles"),
     # The fixed script clips otherwise: it shows what the loop costs, and is not what anybody would propose.
     _case("adaptive_clipping", "gradients clipped tensor by tensor in Python", "slow_loop_line", gain=False),
-    _case("averaged_copy", "the state deep-copied in each step to average it", "slow_loop_line"),
     _case("collects_garbage", "gc.collect() in each step", "slow_loop_line"),
     _case(
         "stays_in_eval", "evaluation mode from the first validation on", "trains_in_eval_mode", about_learning=True,

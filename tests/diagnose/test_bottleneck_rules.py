@@ -89,6 +89,21 @@ def test_python_loop_takes_its_part_of_the_backward_pass_along() -> None:
 WAITS = {**PLAIN, "other": 0.3, "backward": 0.35}
 
 
+def test_lines_of_a_function_that_the_loop_calls_count_as_one() -> None:
+    spread = tuple(line(f"total += tensors[{n}].norm()", 0.04, function="clip", number=n) for n in range(20, 24))
+    loop = (line("loss.backward()", 0.4), line("clip(model)", 0.001, number=8))
+    found = speaks("slow_loop_line", measurement(anatomy=anatomy(WAITS), lines=(*loop, *spread)))
+    assert "4 lines of `clip`" in found.evidence and found.share.value == pytest.approx(0.3, abs=0.01)
+    alone = tuple(line(f"work({n})", 0.002, number=n) for n in range(20, 24))
+    assert (
+        finding(
+            "slow_loop_line",
+            measurement(anatomy=anatomy({**WAITS, "other": 0.1, "backward": 0.55}), lines=(*loop, *alone)),
+        )
+        is None
+    )  # lines of the training loop itself stay apart
+
+
 def test_slow_loop_line() -> None:
     lines = (line("loss.backward()", 0.4), line("stats.update(x)", 0.3, number=8))
     found = speaks("slow_loop_line", measurement(anatomy=anatomy(WAITS), lines=lines))

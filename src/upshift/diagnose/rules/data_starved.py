@@ -22,6 +22,8 @@ CARD = FindingCard(
 LEAST = 0.05
 #: A batch gathered from memory against one made sample by sample.
 CACHED = 10.0
+#: What is supposed of loading that no more workers help: its lines made so many times as fast.
+FASTER = 2.0
 _RANDOM = re.compile(r"rand|augment|flip|crop|jitter|noise|perm|choice|shuffle|drop|sample", re.IGNORECASE)
 
 
@@ -47,8 +49,11 @@ def rule(m: Measurement) -> Finding | None:
         rests = f"a cache that makes loading {CACHED:g} times as fast: no line seen of the dataset draws random numbers"
     elif on_cpu(m):
         # Loading runs on one core, or one a worker, while others idle; at best it is spread over all of them.
-        likely = amdahl(share.value, max(1.0, cores / max(loader.workers, 1))) if cores else 1.0
+        spread = cores / max(loader.workers, 1)
+        likely = amdahl(share.value, max(spread, FASTER))
         rests = f"loading spread over {cores or 'an unknown number of'} cores shared with the training; at most no wait"
+        if spread < FASTER:
+            rests = f"loading made {FASTER:g} times as fast, as no core is left for more workers; at most no wait"
     else:
         likely = amdahl(share.value, math.inf) if cores > 1 else 1.0
         rests = "loading fully hidden behind the device's work"
