@@ -32,6 +32,10 @@ AFTER_THE_WATCH = 60.0
 #: Seconds within which the watch has found out who is gone, once a connection broke.
 FINDING_OUT = 2.0
 
+#: Process groups that were left. Where the last reference to one goes, gloo's threads are joined; one of them may be
+#: giving back a tensor at that moment, for which it needs the interpreter's lock, which the joining thread holds.
+_left: list[Any] = []
+
 
 class Ranks(Group):
     """One of several processes; made by `Group.here()`."""
@@ -262,6 +266,7 @@ class Ranks(Group):
         self._open = False
         if self.watch is not None:
             self.watch.stop(on_purpose=True)
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
     def leave(self, error: BaseException) -> None:
