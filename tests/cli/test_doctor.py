@@ -2,94 +2,96 @@
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
+from importlib import metadata
 
 import pytest
 from conftest import upshift
+from rich.console import Console
 
-from upshift.cli.doctor import health_words, selftest_words
-from upshift.hardware import health
-from upshift.hardware.health import Health
-from upshift.records import Pairing
+from upshift import api
+from upshift.cli.doctor import command, drawn, selftest_words
+from upshift.hardware.health import Check, Health, environment, memory
+from upshift.records import Pairing, codec
 from upshift.search.selftest import Identical, SelftestReport, Truth
 
-
-def write(root: Path, **files: str) -> Path:
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+NAMES = {
+    "system", "processor", "cores", "OpenMP", "NUMA nodes", "clock",
+    "torch", "torch installations", "torch and device", "vector instructions", "compiler",
+    "GPU", "memory", "swap", "huge pages", "shared memory", "temporary files", "this folder", "cache folder",
+    "disk speed", "open files", "Python", "environment", "module path", "isolation", "allocators",
+}  # fmt: skip
+GROUPS = ["machine", "torch", "accelerator", "memory and disk", "environment"]
 
 
 def test_this_machine(tmp_path):
     """Every check speaks, whatever the machine is; the exit code says whether anything is wrong."""
-    ended = upshift("doctor", "--json", "found.json", cwd=tmp_path, OMP_NUM_THREADS="1")
+    ended = upshift("doctor", "--json", "found.json", cwd=tmp_path, OMP_NUM_THREADS="1", COLUMNS="120")
     found = json.loads((tmp_path / "found.json").read_text())["checks"]
-    assert [check["name"] for check in found] == [
-        "torch", "processor", "cores", "OpenMP", "compiler", "temporary files", "shared memory", "isolation",
-        "allocators",
-    ]  # fmt: skip
+    assert {check["name"] for check in found} >= NAMES
+    assert list(dict.fromkeys(check["group"] for check in found)) == GROUPS
     assert all(check["found"] and check["why"] for check in found)
+    assert all(check["mend"] for check in found if check["state"] == "wrong")
     assert ended.code == int(any(check["state"] == "wrong" for check in found))
-    assert ended.out == "" and all(check["found"].split()[0] in ended.err for check in found)
+    assert ended.out == "" and "Traceback" not in ended.err
+    lines = ended.err.splitlines()
+    assert all(any(f"{check['name']}: " in line for line in lines) for check in found)
+    assert [line for line in lines if line in GROUPS] == GROUPS, "headings"
+    speed = next(check for check in found if check["name"] == "disk speed")
+    assert "measured" in speed["found"]
+    torch = next(check for check in found if check["name"] == "torch")
+    assert torch["found"].startswith(metadata.version("torch").partition("+")[0]), "the torch of this environment"
+    assert not list(tmp_path.glob(".upshift*"))
 
 
-def test_too_many_threads_are_wrong_and_the_exit_code_says_so(tmp_path):
-    ended = upshift("doctor", "-q", cwd=tmp_path, OMP_NUM_THREADS="4096")
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("unknown", 0), ("wrong", 1)])
+def test_the_exit_code_and_the_file(state, code, tmp_path, monkeypatch, capsys):
+    check = Check("swap", state, "8 GiB", "why", "swapoff -a", "memory and disk")
+    asked = []
+    monkeypatch.setattr(api, "doctor", lambda say, quick: asked.append(quick) or Health((check,)))
+    file = tmp_path / "found.json"
+    assert command.main(["--quick", "-q", "--json", str(file)], standalone_mode=False) == code
+    assert asked == [True] and codec.read(file, Health) == Health((check,))
+    said = capsys.readouterr()
+    assert said.out == "" and ("swapoff -a" in said.err) == (state != "ok") and f"{state:<8}swap: 8 GiB" in said.err
+
+
+@pytest.mark.extra
+def test_quick_in_another_language_and_time_zone(tmp_path):
+    """What is read from other programs, and the clock, do not depend on them; too many threads are wrong."""
+    ended = upshift("doctor", "--quick", "-q", "--json", "found.json", cwd=tmp_path, OMP_NUM_THREADS="4096",
+                    LC_ALL="de_DE.UTF-8", LANGUAGE="de", TZ="Pacific/Kiritimati", PYTHONPATH="/nowhere")  # fmt: skip
+    found = {check["name"]: check for check in json.loads((tmp_path / "found.json").read_text())["checks"]}
     assert ended.code == 1
-    assert "wrong OpenMP" in ended.err and "mend it: unset OMP_NUM_THREADS" in ended.err
+    assert "wrong   OpenMP" in ended.err and "mend it: unset OMP_NUM_THREADS" in ended.err
+    assert found["clock"]["state"] in ("ok", "note") and "behind" not in found["clock"]["found"]
+    assert found["module path"]["mend"] == "unset PYTHONPATH"
+    assert found["disk speed"]["state"] == "unknown" and "--quick" in found["disk speed"]["found"]
 
 
-@pytest.mark.parametrize(
-    ("env", "state", "mend"),
-    [
-        ({}, "ok", ""),
-        ({"OMP_NUM_THREADS": "4"}, "ok", ""),
-        ({"OMP_NUM_THREADS": "1"}, "note", "unset OMP_NUM_THREADS"),
-        ({"MKL_NUM_THREADS": "8"}, "wrong", "unset MKL_NUM_THREADS"),
-        ({"OMP_PROC_BIND": "close"}, "note", "unset OMP_PROC_BIND"),
-        ({"OMP_PROC_BIND": "false"}, "ok", ""),
-        ({"OMP_NUM_THREADS": "4,2"}, "ok", ""),
-    ],
-)
-def test_openmp(env, state, mend):
-    found = health.openmp(env, 4)
-    assert (found.state, found.mend) == (state, mend)
-
-
-@pytest.mark.parametrize(("quota", "state"), [("max 100000", "ok"), ("400000 100000", "ok"), ("300000 100000", "note"),
-                                              ("100000 100000", "wrong")])  # fmt: skip
-def test_a_quota_below_the_affinity(tmp_path, quota, state):
-    root = write(tmp_path, sys__fs__cgroup__cpu_max="")
-    (root / "sys/fs/cgroup/cpu.max").write_text(quota)
-    found = health.cores(root, affinity=4)
-    assert found.state == state and bool(found.mend) == (state != "ok")
-
-
-@pytest.mark.parametrize(("flags", "said"), [("avx2 amx_bf16", "amx_bf16"), ("avx2", "no bf16 in hardware")])
-def test_the_processor(tmp_path, flags, said):
-    assert said in health.processor(write(tmp_path, proc__cpuinfo=f"model name : Some CPU\nflags : {flags}\n")).found
-
-
-def test_room_and_shared_memory():
-    assert [health.room("/t", size).state for size in (2**20, 2**30, 2**40)] == ["wrong", "note", "ok"]
-    assert [health.shared_memory(size).state for size in (2**26, 2**28, 2**31, None)] == ["wrong", "note", "ok", "note"]
-
-
-def test_isolation_compiler_and_allocators():
-    states = [health.isolation(rung).state for rung in ("overlay", "landlock", "redirect", "")]
-    assert states == ["ok", "note", "note", "wrong"]
-    assert [health.compiler(there).state for there in (True, False)] == ["ok", "note"]
-    assert [health.allocators(found).state for found in ({"tcmalloc": "/lib/x.so"}, {})] == ["ok", "note"]
+def shown(*checks: Check) -> str:
+    console = Console(width=60, file=io.StringIO(), highlight=False)
+    for line in drawn(Health(checks), 60):
+        console.print(line, soft_wrap=True)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def test_what_is_not_well_says_why_and_what_mends_it():
-    bad, good = health.shared_memory(2**26), health.compiler(True)
-    text = health_words(Health((bad, good)))
-    assert bad.why in " ".join(text.split()) and bad.mend in text and good.why not in text
+    bad, good = memory.shared_memory(2**26), environment.isolation("overlay")
+    text = shown(bad, good)
+    assert bad.why in " ".join(text.split()) and good.why not in text
+    assert f"mend it: {bad.mend}\n" in text, "a command is never broken into lines"
+    assert all(len(line) <= 60 and line == line.rstrip() for line in text.splitlines() if "mend it" not in line)
+    assert "1 ok, 0 to note, 1 wrong, 0 unknown" in text
     assert Health((bad, good)).wrong() == ("shared memory",)
+
+
+def test_hostile_text_drives_no_terminal():
+    text = shown(
+        Check("module path", "note", "PYTHONPATH=\x1b[31m[red]/x[/red]:smile:", "a\x1b]0;b\x07", "unset \x1bX")
+    )
+    assert "\x1b" not in text and "\x07" not in text and "[red]/x[/red]:smile:" in text
 
 
 def truth(name: str, **changes: object) -> Truth:
@@ -123,6 +125,7 @@ def test_an_interrupted_self_test_in_words():
     assert "no decision" in text and "Interrupted" in text and "in this time: a; b." in text
 
 
+@pytest.mark.extra
 def test_a_short_self_test(tmp_path):
     """Real processes; a machine that is slow just then has time for less, and says so."""
     ended = upshift("doctor", "--selftest", "--minutes", "0.1", "--json", "found.json", cwd=tmp_path)

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from upshift.search.selftest import SelftestReport
 
 
-def doctor(say: Say = lambda text: None) -> Health:
-    """What of this machine stands in the way of training and of trials."""
+def doctor(say: Say = lambda text: None, quick: bool = False) -> Health:
+    """What of this machine stands in the way of training and of trials, in some seconds.
+
+    Args:
+        quick: leave out what takes most of them: the speed of the disk, the compiler's work, imports of what is built
+            against torch.
+    """
     from upshift.errors import NotIsolatedError
     from upshift.hardware.health import look
     from upshift.hook import isolate
@@ -27,7 +32,8 @@ def doctor(say: Say = lambda text: None) -> Health:
     except NotIsolatedError as error:
         problem = error.message
     found = {kind: str(path) for kind in ("tcmalloc", "jemalloc") if (path := find_library(kind, os.environ))}
-    return look(rung, problem, found)
+    say("asking torch, the driver and the compiler")
+    return look(rung, problem, found, quick=quick)
 
 
 def selftest(seconds: float, say: Say = lambda text: None) -> SelftestReport:
