@@ -17,6 +17,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+# A process beside each of the many short runs would only take their cores; the tests that want one say so.
+os.environ["UPSHIFT_NO_COMPANION"] = "1"
+
 #: The console script of this environment.
 UPSHIFT = str(Path(sys.executable).with_name("upshift"))
 

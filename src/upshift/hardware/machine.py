@@ -17,10 +17,10 @@ import psutil
 _ROOT = Path("/")
 
 #: A v1 group without a limit reports the largest page-aligned 64-bit number; no machine has that much memory.
-_NO_LIMIT = 2**60
+NO_LIMIT = 2**60
 
 
-def _read(path: Path) -> str:
+def small_text(path: Path) -> str:
     """The text of a small file, or the empty string where it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
@@ -31,7 +31,7 @@ def _read(path: Path) -> str:
 def _own_groups(root: Path) -> dict[str, str]:
     """Controller -> path of this process's control group; the key of the unified (v2) hierarchy is the empty string."""
     groups: dict[str, str] = {}
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in small_text(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)
         if len(parts) == 3:
             for controller in parts[1].split(","):
@@ -39,7 +39,7 @@ def _own_groups(root: Path) -> dict[str, str]:
     return groups
 
 
-def _folders(root: Path, controller: str) -> list[Path]:
+def group_folders(root: Path, controller: str) -> list[Path]:
     """Folders of this process's group and of its ancestors, for a v1 controller or (empty name) for v2.
 
     In a container the path in `/proc/self/cgroup` may be the host's, which is not mounted here: folders that are not
@@ -65,12 +65,12 @@ def _folders(root: Path, controller: str) -> list[Path]:
 def cpu_quota(root: Path = _ROOT) -> float | None:
     """CPU time this process may use per second of wall time, in cores; None where there is no quota."""
     quotas = []
-    for folder in _folders(root, ""):
-        parts = _read(folder / "cpu.max").split()
+    for folder in group_folders(root, ""):
+        parts = small_text(folder / "cpu.max").split()
         if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]) > 0:
             quotas.append(int(parts[0]) / int(parts[1]))
-    for folder in _folders(root, "cpu"):
-        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    for folder in group_folders(root, "cpu"):
+        quota, period = small_text(folder / "cpu.cfs_quota_us"), small_text(folder / "cpu.cfs_period_us")
         if quota.isdigit() and period.isdigit() and int(quota) > 0 and int(period) > 0:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -92,9 +92,9 @@ def memory_limit(root: Path = _ROOT) -> int:
     """Bytes of memory this process may use: the machine's memory, cut by the limits of its control group."""
     limits = [int(psutil.virtual_memory().total)]
     for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
-        for folder in _folders(root, controller):
-            text = _read(folder / name)
-            if text.isdigit() and 0 < int(text) < _NO_LIMIT:
+        for folder in group_folders(root, controller):
+            text = small_text(folder / name)
+            if text.isdigit() and 0 < int(text) < NO_LIMIT:
                 limits.append(int(text))
     return min(limits)
 
@@ -104,7 +104,7 @@ def cpu_features(root: Path = _ROOT) -> frozenset[str]:
 
     Empty where the system does not say (not Linux).
     """
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in small_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
@@ -129,7 +129,7 @@ def has_compiler() -> bool:
 
 def cpu_model(root: Path = _ROOT) -> str:
     """The processor's name, or its architecture where the system does not say."""
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in small_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Hardware", "Model") and value.strip():
             return value.strip()
@@ -140,7 +140,7 @@ def last_level_cache(root: Path = _ROOT) -> int | None:
     """Bytes of the largest cache the first processor sees; None where the system does not say."""
     sizes = []
     for path in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = _read(path)
+        text = small_text(path)
         factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 0)
         if factor and text[:-1].isdigit():
             sizes.append(int(text[:-1]) * factor)
