@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from upshift.cli import show
+
+if TYPE_CHECKING:
+    from upshift.records.ledger import Ledger
+    from upshift.records.resources import Resources
 
 
 @click.command("report")
@@ -25,15 +30,18 @@ def command(record: Path | None, open_it: bool, page: Path | None, json_file: st
       upshift report .upshift/runs/20260101-101500-4242 --json run.json
     """
     from upshift import api
+    from upshift.api import watching
     from upshift.errors import UsageError
     from upshift.records import Run, TuneReport
-    from upshift.report import html, terminal
+    from upshift.report import html, live, terminal
 
     path = record if record is not None else api.latest_run()
     found = api.load(path)
     console = show.console()
     drawn: str | None = None
     subject: Run | TuneReport | None = None
+    used: Resources | None = None
+    books: Ledger | None = None
     if isinstance(found, dict):
         for plan in found.values():
             console.print(terminal.render_plan(plan))
@@ -46,6 +54,9 @@ def command(record: Path | None, open_it: bool, page: Path | None, json_file: st
         subject = found
         if isinstance(found, Run):
             console.print(terminal.render_run(found))
+            used, books = watching.books(path.parent if path.is_file() else path, found)
+            if used is not None:
+                console.print(live.render_books(books))
         else:
             console.print(terminal.render_tune(found))
     if subject is None:
@@ -53,7 +64,10 @@ def command(record: Path | None, open_it: bool, page: Path | None, json_file: st
     if json_file:
         show.write_json(json_file, subject)
     if open_it or page:
-        drawn = html.render_run(subject) if isinstance(subject, Run) else html.render_tune(subject)
+        if isinstance(subject, Run):
+            drawn = html.render_run(subject, resources=used, ledger=books)
+        else:
+            drawn = html.render_tune(subject)
         target = page or Path(".upshift") / "reports" / f"{path.name}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(drawn, "utf-8")

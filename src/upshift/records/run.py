@@ -7,7 +7,7 @@ from typing import Literal
 from upshift.records.quantity import Record
 
 
-class Window(Record, frozen=True):
+class Window(Record, frozen=True, gc=False):
     """Steps [first, first + n) summed: seconds per phase, and the losses seen (None: no loss read).
 
     `seconds` are those of training, without `evaluation` (work without gradients) and `checkpoint`.
@@ -55,4 +55,8 @@ class Run(Record, frozen=True):
     guard_fired: bool = False
     torn_lines: int = 0
     """Lines of the log that could not be read (a last line torn by a kill)."""
+    steps_planned: int | None = None
+    """How many steps the run will make in all; None: nothing says so."""
+    earlier: tuple[float, ...] = ()
+    """Seconds of each earlier start recorded in the same folder; `seconds` is the last one's, every `at` its own's."""
     schema: int = 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from upshift.errors import EnvironmentError_, RecordError
 from upshift.records.run import Event, Run, Window
+from upshift.records.tail import Tail
 
 LOG = "log.jsonl"
 
@@ -21,9 +24,21 @@ _NAME_A_RUN = "Name a folder below .upshift/runs."
 #: Windows kept in a folded run; longer logs are thinned by merging neighbours.
 MOST_WINDOWS = 4096
 
-#: More events than any run has; a longer line is not one of ours.
+#: More events than any run has.
 MOST_EVENTS = 10_000
-MAX_LINE = 1 << 20
+
+#: What those who look at a running run see of its end, whatever was merged or left out.
+RECENT_WINDOWS = 600
+RECENT_EVENTS = 50
+
+#: Bytes from the head and the tail of a log that show how it stands.
+GLIMPSE = 1 << 18
+
+#: Beyond this a count of steps is no count of steps.
+_MOST_STEPS = 2**53
+
+#: How a line of steps begins, as `RunLog` writes it.
+_STEPS = b'{"kind":"steps",'
 
 
 class RunLog:
@@ -82,17 +97,22 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE):
-            if line == b"\n":
-                continue
-            try:
-                found = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                yield None
-                continue
-            yield found if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
+class View(NamedTuple):
+    """What is known of a run at one moment, for those who look again and again."""
+
+    run: Run
+    recent: tuple[Window, ...]
+    """The last windows since the run last began, as they were written, never merged."""
+    events: tuple[Event, ...]
+    """The last events."""
+    metrics: Event | None
+    """The last evaluation."""
+    clock: float | None
+    """When the run began, in seconds since the epoch."""
+    heard: float | None
+    """When the log was last written, in seconds since the epoch."""
+    share: float
+    """How much of the log is in `run`, 0..1."""
 
 
 class _Folded:
@@ -103,24 +123,136 @@ class _Folded:
         self.end: _End | None = None
         self.windows: list[Window] = []
         self.events: list[Event] = []
+        self.recent: deque[Window] = deque(maxlen=RECENT_WINDOWS)
+        self.recent_events: deque[Event] = deque(maxlen=RECENT_EVENTS)
+        self.metrics: Event | None = None
+        self.last: Window | None = None
+        self.earlier: list[float] = []
+        self._at = 0.0
+        """The last moment this start told of."""
         self.torn = 0
+        self._each = 1
+        """Windows of the log in a kept one."""
+        self._open: list[Window] = []
 
-    def add(self, item: dict[str, Any]) -> None:
+    def lines(self, lines: list[bytes]) -> None:
+        """Add lines; those that are not ours are counted."""
+        for steps, group in groupby(lines, _is_steps):
+            if steps:
+                self._steps(list(group))
+            else:
+                for line in group:
+                    self._line(line)
+
+    def _line(self, line: bytes) -> None:
+        try:
+            item = msgspec.json.decode(line)
+            if isinstance(item, dict) and isinstance(item.get("kind"), str):
+                self._add(item)
+            else:
+                self.torn += 1
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self.torn += 1
+
+    def _steps(self, lines: list[bytes]) -> None:
+        """Nearly all lines of a long log, as `RunLog` writes them: read in one go where all can be."""
+        try:
+            # Inside a string the quotes would be escaped.
+            windows = _read_windows(b"[" + b",".join(lines).replace(_STEPS, b"{") + b"]")
+            if len(windows) == len(lines):
+                self._windows(windows)
+                return
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass
+        for line in lines:
+            self._line(line)
+
+    def _add(self, item: dict[str, Any]) -> None:
         kind = item.pop("kind")
         if kind == "start":
-            self.start = msgspec.convert(item, _Start)
+            # A job that goes on in the same folder: how it ended before is history.
+            start = msgspec.convert(item, _Start)
+            if self.start is not None and len(self.earlier) < MOST_EVENTS:
+                told = self.end.seconds if self.end is not None else None
+                self.earlier.append(self._at if told is None else told)
+            self.recent.clear()
+            self.start, self.end, self._at = start, None, 0.0
         elif kind == "techniques" and self.start is not None:
             # A run that tuned itself: what stayed on.
-            self.start.techniques = msgspec.convert(item["techniques"], _Techniques)
+            self.start.techniques = msgspec.convert(item.get("techniques"), _Techniques)
+        elif kind == "planned" and self.start is not None:
+            # How long the run will be, told once that is known.
+            self.start.steps_planned = msgspec.convert(item.get("steps"), _Count)
         elif kind == "end":
             self.end = msgspec.convert(item, _End)
         elif kind == "steps":
-            self.windows.append(msgspec.convert(item, Window))
-            if len(self.windows) > 2 * MOST_WINDOWS:
-                self.windows = _thin(self.windows)
-        elif len(self.events) < MOST_EVENTS:
-            self.events.append(msgspec.convert({"at": 0.0, "text": "", **item, "kind": kind}, Event))
+            self._windows([msgspec.convert(item, Window)])
+        else:
+            event = msgspec.convert({"at": 0.0, "text": "", **item, "kind": kind}, Event)
+            self.recent_events.append(event)
+            self._at = max(self._at, event.at)
+            if event.values:
+                self.metrics = event
+            if len(self.events) < MOST_EVENTS:
+                self.events.append(event)
 
+    def _windows(self, windows: list[Window]) -> None:
+        counts = [item.n for item in windows] + [item.first for item in windows]
+        if not -_MOST_STEPS < min(counts) <= max(counts) < _MOST_STEPS:
+            raise msgspec.ValidationError("more steps than any run makes")
+        self.recent.extend(windows[-RECENT_WINDOWS:])
+        self.last = windows[-1]
+        self._at = max(self._at, max([item.at for item in windows]))
+        place = 0
+        while place < len(windows):
+            taken = windows[place : place + self._each - len(self._open)]
+            place += len(taken)
+            self._open += taken
+            if len(self._open) >= self._each:
+                self.windows.append(_merged(self._open))
+                self._open = []
+            if len(self.windows) > 2 * MOST_WINDOWS:
+                # From here on new windows are merged as widely as the old ones: a run is kept equally fine throughout.
+                self.windows, self._each = _thin(self.windows), 2 * self._each
+
+    def run(self, name: str) -> Run | None:
+        """The run so far; None where the log has no beginning."""
+        head, end = self.start, self.end
+        if head is None:
+            return None
+        windows = [*self.windows, _merged(self._open)] if self._open else self.windows
+        if len(windows) > MOST_WINDOWS:
+            windows = _thin(windows)
+        status: Literal["running", "finished", "failed", "interrupted", "unknown"] = "unknown"
+        if end is not None:
+            status = "finished" if end.code == 0 else "interrupted" if end.code == 130 else "failed"
+        elif _alive(head.pid, head.clock):
+            status = "running"
+        last = self.last
+        at = self.recent[-1].at if self.recent else None
+        return Run(
+            id=name,
+            script=head.script,
+            arguments=head.arguments,
+            started=head.started,
+            status=status,
+            exit_code=end.code if end else None,
+            seconds=end.seconds if end else at,
+            plan=head.plan,
+            techniques=head.techniques,
+            steps=last.first + last.n if last else 0,
+            windows=tuple(windows),
+            events=tuple(self.events),
+            environment=head.environment,
+            guard_fired=any(item.kind == "guard" for item in self.events),
+            torn_lines=self.torn,
+            steps_planned=head.steps_planned,
+            earlier=tuple(self.earlier),
+        )
+
+
+#: A number of steps to come.
+_Count = Annotated[int, msgspec.Meta(ge=1, le=_MOST_STEPS)]
 
 _Techniques = dict[str, dict[str, bool | int | float | str]]
 
@@ -134,11 +266,100 @@ class _Start(msgspec.Struct):
     plan: str = ""
     techniques: _Techniques = {}
     environment: dict[str, str] = {}
+    steps_planned: _Count | None = None
 
 
 class _End(msgspec.Struct):
     code: int | None = None
     seconds: float | None = None
+
+
+_read_windows = msgspec.json.Decoder(list[Window]).decode
+
+
+def _is_steps(line: bytes) -> bool:
+    return line.startswith(_STEPS)
+
+
+class Incremental:
+    """A run that is read while it is written: what has been read stays added up, and only what is new is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tail = Tail(folder / LOG)
+        self._found = _Folded()
+        self._generation = 0
+
+    def advance(self, seconds: float = math.inf) -> bool:
+        """Read what is new, at least a block of it, for about `seconds`; whether all of it was read.
+
+        Raises:
+            RecordError: the log is not there (any more).
+        """
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                lines = self._tail.read()
+            except OSError as error:
+                raise _unreadable(self.folder, error) from None
+            if self._tail.generation != self._generation:
+                self._found, self._generation = _Folded(), self._tail.generation
+            self._found.lines(lines)
+            if self._tail.offset >= self._tail.size:
+                return True
+            if time.monotonic() >= until:
+                return False
+
+    def finish(self) -> None:
+        """Take the last line as it is, with or without its end: nothing more will be written."""
+        self._found.lines(self._tail.last())
+
+    def run(self) -> Run:
+        """The run, as far as it has been read.
+
+        Raises:
+            RecordError: the log does not begin like ours.
+        """
+        run = self._found.run(self.folder.name)
+        if run is None:
+            raise _unreadable(self.folder)
+        return run
+
+    def view(self) -> View:
+        """The run and what is new in it, as far as it has been read.
+
+        Raises:
+            RecordError: the log does not begin like ours.
+        """
+        return self._view(self._found, self.run())
+
+    def glimpse(self) -> View:
+        """The head and the tail of a long log at once, long before all of it is read; `share` tells how much.
+
+        Raises:
+            RecordError: the log is not there, or does not begin like ours.
+        """
+        found = _Folded()
+        try:
+            with open(self._tail.path, "rb") as file:
+                head = file.read(GLIMPSE)
+                start = max(os.fstat(file.fileno()).st_size - GLIMPSE, len(head))
+                file.seek(start)
+                tail = file.read(GLIMPSE)
+        except OSError as error:
+            raise _unreadable(self.folder, error) from None
+        # Neither the last line of the head nor the first of the tail is whole, but where they meet.
+        whole = head + tail if start == len(head) else head[: head.rfind(b"\n") + 1] + tail[tail.find(b"\n") + 1 :]
+        found.lines([line for line in whole[: whole.rfind(b"\n") + 1].split(b"\n") if line])
+        run = found.run(self.folder.name)
+        if run is None:
+            raise _unreadable(self.folder)
+        return self._view(found, run)
+
+    def _view(self, found: _Folded, run: Run) -> View:
+        clock = found.start.clock if found.start is not None else None
+        events = tuple(found.recent_events)
+        return View(run, tuple(found.recent), events, found.metrics, clock, self._tail.changed, self._tail.share)
 
 
 def fold(folder: Path) -> Run:
@@ -147,71 +368,53 @@ def fold(folder: Path) -> Run:
     Raises:
         RecordError: no log there, or one that does not begin like ours.
     """
-    found = _Folded()
-    try:
-        for item in _lines(folder / LOG):
-            try:
-                if item is None:
-                    found.torn += 1
-                else:
-                    found.add(item)
-            except msgspec.ValidationError:
-                found.torn += 1
-    except OSError as error:
-        raise RecordError(f"{folder} holds no readable run: {error.strerror}.", remedy=_NAME_A_RUN) from None
-    head, end, windows = found.start, found.end, found.windows
-    if head is None:
-        raise RecordError(f"{folder} holds no readable run.", remedy=_NAME_A_RUN)
-    if len(windows) > MOST_WINDOWS:
-        windows = _thin(windows)
-    status: Literal["running", "finished", "failed", "interrupted", "unknown"] = "unknown"
-    if end is not None:
-        status = "finished" if end.code == 0 else "interrupted" if end.code == 130 else "failed"
-    elif _alive(head.pid, head.clock):
-        status = "running"
-    last = windows[-1] if windows else None
-    return Run(
-        id=folder.name,
-        script=head.script,
-        arguments=head.arguments,
-        started=head.started,
-        status=status,
-        exit_code=end.code if end else None,
-        seconds=end.seconds if end else (last.at if last else None),
-        plan=head.plan,
-        techniques=head.techniques,
-        steps=last.first + last.n if last else 0,
-        windows=tuple(windows),
-        events=tuple(found.events),
-        environment=head.environment,
-        guard_fired=any(item.kind == "guard" for item in found.events),
-        torn_lines=found.torn,
-    )
+    found = Incremental(folder)
+    found.advance()
+    found.finish()
+    return found.run()
+
+
+def _unreadable(folder: Path, error: OSError | None = None) -> RecordError:
+    why = f": {error.strerror}" if error is not None else ""
+    return RecordError(f"{folder} holds no readable run{why}.", remedy=_NAME_A_RUN)
 
 
 def _thin(windows: list[Window]) -> list[Window]:
-    """Merge neighbours two by two; sums stay exact, losses are averaged by steps."""
-    merged = []
-    for a, b in zip(windows[::2], windows[1::2], strict=False):
-        n = a.n + b.n
-        loss = None
-        if a.loss is not None and b.loss is not None:
-            loss = (a.loss * a.n + b.loss * b.n) / max(n, 1)
-        phases = {k: a.phases.get(k, 0.0) + b.phases.get(k, 0.0) for k in {**a.phases, **b.phases}}
-        merged.append(
-            Window(
-                first=a.first,
-                n=n,
-                at=b.at,
-                seconds=a.seconds + b.seconds,
-                phases=phases,
-                loss=loss,
-                last_loss=b.last_loss,
-                evaluation=a.evaluation + b.evaluation,
-                checkpoint=a.checkpoint + b.checkpoint,
-            )
-        )
-    return merged + windows[len(merged) * 2 :]
+    """Merge neighbours two by two."""
+    return [_merged(windows[place : place + 2]) for place in range(0, len(windows), 2)]
+
+
+def _merged(windows: list[Window]) -> Window:
+    """One window for several that follow each other; sums stay exact, losses are averaged by steps."""
+    if len(windows) == 1:
+        return windows[0]
+    losses = [(item.loss, max(item.n, 1)) for item in windows if item.loss is not None]
+    weight = sum([n for _, n in losses])
+    return Window(
+        first=windows[0].first,
+        n=sum([item.n for item in windows]),
+        at=windows[-1].at,
+        seconds=sum([item.seconds for item in windows]),
+        phases=_summed([item.phases for item in windows]),
+        loss=sum([loss * n for loss, n in losses]) / weight if weight else None,
+        last_loss=next((item.last_loss for item in reversed(windows) if item.last_loss is not None), None),
+        evaluation=sum([item.evaluation for item in windows]),
+        checkpoint=sum([item.checkpoint for item in windows]),
+    )
+
+
+def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
+    names = list(phases[0])
+    if set(map(len, phases)) == {len(names)}:
+        try:
+            return {name: sum([item[name] for item in phases]) for name in names}
+        except KeyError:
+            pass
+    sums: dict[str, float] = {}
+    for item in phases:
+        for name, value in item.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def _alive(pid: int, clock: float | None) -> bool:

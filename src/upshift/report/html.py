@@ -17,12 +17,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from upshift.records.finding import Finding
+from upshift.records.ledger import Ledger
 from upshift.records.measurement import Measurement
 from upshift.records.plan import Plan
 from upshift.records.quantity import Quantity
+from upshift.records.resources import Resources
 from upshift.records.run import Run
 from upshift.records.trial import TuneReport
-from upshift.report import digest, sentences, views, words
+from upshift.report import digest, resource_views, sentences, views, words
 
 
 def _finalize(value: object) -> object:
@@ -127,8 +129,17 @@ def render_diagnosis(
     )  # fmt: skip
 
 
-def render_run(run: Run, *, label: str = "") -> str:
-    """A run as one page: speed, loss, phases and events over its steps."""
+def render_run(
+    run: Run, *, resources: Resources | None = None, ledger: Ledger | None = None, label: str = ""
+) -> str:  # fmt: skip
+    """A run as one page: speed, loss, phases and events over its steps, and what it used of its machine.
+
+    Args:
+        run: its record.
+        resources: what was sampled beside it, if anything was.
+        ledger: its books: energy, carbon, cost.
+        label: a remark under the title.
+    """
     speed = sentences.steps_per_second(run)
     big, _, unit = speed.partition(" ")
     rows = dict(sentences.run_rows(run))
@@ -150,5 +161,6 @@ def render_run(run: Run, *, label: str = "") -> str:
         claim=views.Claim("baseline", big, unit, ("training steps, evaluation and checkpoints apart",), [told]),
         strip=strip,
         view=views.run_view(run, "run"),
+        used=resource_views.resources_view(resources, ledger),
         about=about,
     )  # fmt: skip
