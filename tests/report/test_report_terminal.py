@@ -12,7 +12,6 @@ from rich.console import Console, RenderableType
 from sample_records import (
     CHOSEN,
     HOSTILE,
-    STEP,
     anatomy,
     baseline_report,
     findings,
@@ -56,7 +55,6 @@ def everything(script: str, width: int) -> list[RenderableType]:
         terminal.render_diagnosis(seen, hostile_findings, script, width),
         terminal.render_tune(report, script),
         terminal.render_run(one),
-        terminal.render_compare(one, one),
         terminal.render_plan(chosen),
     ]
 
@@ -143,14 +141,6 @@ def test_a_baseline_claims_nothing() -> None:
     text = show(terminal.render_tune(baseline_report()))
     assert "Keep your baseline" in text and "none written" in text
     assert "x faster" not in text and "Proof" not in text and "Attribution" not in text
-
-
-def test_compare_is_not_evidence() -> None:
-    text = re.sub(r"\s+", " ", show(terminal.render_compare(run(step=2 * STEP, planned=False), run(step=STEP))))
-    assert "two runs at different times" in text and "unpaired" in text and "2.00x" in text
-    assert "faster" not in text
-    nothing = replace(run(), windows=())
-    assert "unknown" in show(terminal.render_compare(nothing, run()))
 
 
 def test_plan_shows_evidence_and_what_was_turned_down() -> None:

@@ -14,11 +14,6 @@ from upshift.records.trial import Trial, TuneReport
 from upshift.records.verification import Energy, Verification
 from upshift.report import digest, words
 
-NOT_PAIRED = (
-    "These are two runs at different times: a machine drifts by more than most gains, so this ratio is no evidence. "
-    "For evidence see the paired trials of the plan."
-)
-
 
 def headline(report: TuneReport) -> str:
     """The claim the figures allow, in one line."""
@@ -192,14 +187,6 @@ def guard_text(run: Run) -> str:
 
 def _loss(value: float) -> str:
     return f"{value:.4g}"
-
-
-def compare_text(a: Run, b: Run) -> str:
-    """`a step took 1.31x as long in A as in B`, or that it is unknown."""
-    left, right = digest.step_times(a).step, digest.step_times(b).step
-    if not left or not right or right < 1e-12:
-        return "Ratio of step times unknown: one of the runs has no timed steps."
-    return f"Step time of A over B: {words.ratio(left / right)} (unpaired)."
 
 
 def levels_text(trials: Iterable[Trial]) -> str:

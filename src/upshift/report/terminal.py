@@ -351,7 +351,7 @@ def _ending(report: TuneReport, report_file: str, plan: Plan | None) -> list[tup
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- run, compare
+# --------------------------------------------------------------------------------------------------------- run
 
 
 def render_run(run: Run) -> RenderableType:
@@ -383,31 +383,6 @@ def _events(run: Run, most: int = 12) -> Table:
     if hidden:
         table.add_row(_text(""), _text(f"{hidden:,} earlier", "dim"), _text("in the HTML report", "dim"))
     return table
-
-
-def render_compare(a: Run, b: Run) -> RenderableType:
-    """Two runs side by side. Their ratio is not evidence, and that is said."""
-    table = _grid(("", ""), ("A", ""), ("B", ""))
-    for (name, left), (_, right) in zip(_compared(a), _compared(b), strict=True):
-        table.add_row(_text(name, "dim"), _text(left), _text(right))
-    times_a, times_b = digest.step_times(a), digest.step_times(b)
-    phases = [name for name in times_a.phases if name in times_b.phases]
-    parts: list[RenderableType] = [_head("upshift compare"), Text(), table]
-    if phases:
-        split = _grid(("phase", ""), ("A", "right"), ("B", "right"))
-        for name in phases:
-            left, right = words.duration(times_a.phases[name]), words.duration(times_b.phases[name])
-            split.add_row(_text(PHASE_TITLES.get(name, name)), _text(left), _text(right))
-        parts += [Text(), split]
-    parts += [Text(), _text(sentences.compare_text(a, b), "bold"), _text(sentences.NOT_PAIRED, "yellow")]
-    return Group(*parts)
-
-
-def _compared(run: Run) -> list[tuple[str, str]]:
-    wanted = ("steps", "speed", "loss", "evaluation", "checkpoints", "techniques", "guard", "run")
-    rows = dict(sentences.run_rows(run))
-    script = ("script", words.command_text(run.script, run.arguments))
-    return [script, ("status", sentences.run_status(run)), *((name, rows[name]) for name in wanted)]
 
 
 # -------------------------------------------------------------------------------------------------------- plan
