@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from upshift.api.running import RunOptions, choose_plan
+from upshift.api.running import RunOptions, choose_plan, follow
 from upshift.api.target import ENTRY, Say, Target, bare_settings
+from upshift.api.tracking import check_trackers
 from upshift.errors import PlanError, UsageError
 from upshift.hardware import machine
 from upshift.hardware.device import device_name, kinds_here
@@ -49,6 +50,8 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_at: int | None = None
     quiet: bool = False
     environment: dict[str, str] = {}
+    track: list[str] | None = None
+    """Trackers of the run; None: nothing is sampled beside it either."""
 
 
 @dataclass
@@ -75,6 +78,7 @@ class JobOptions:
     notice: str = ""
     parallel: str = "ddp"
     processes: int = 1
+    track: tuple[str, ...] = ()
     quiet: bool = False
 
 
@@ -86,6 +90,7 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
         PlanError: a plan that cannot be read.
     """
     reference = target.job
+    track = check_trackers(options.track) if options.track else []
     launcher = _launcher(target, options)
     settings = {**options.settings, **_settings_behind(target)}
     chosen = _chosen(target, settings, options)
@@ -101,7 +106,7 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
         loader={"num_workers": options.workers} if options.workers is not None else {},
         save_seconds=options.save_seconds, save_steps=options.save_steps,
         interruption_seconds=options.interruption_seconds, grace=options.grace, notice=options.notice,
-        parallel=options.parallel, quiet=options.quiet, environment=described,
+        parallel=options.parallel, quiet=options.quiet, environment=described, track=track,
     )  # fmt: skip
     env[SPEC] = msgspec.json.encode(spec).decode()
     command = [*launcher, "-m", ENTRY, reference] if launcher else [sys.executable, "-m", ENTRY, reference]
@@ -111,6 +116,19 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
         os.execvpe(command[0], command, env)
     except OSError as error:
         raise UsageError(f"{command[0]} cannot be started: {error.strerror}.", remedy="Install torch.") from None
+
+
+def owned(spec: JobSpec, out: Path, say: Say) -> None:
+    """Called in the process that owns the run folder, of a group in its first rank: the run can be looked at now."""
+    if spec.track is None:
+        return
+    pid = os.getpid()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1) > 1:
+        # What started the ranks has them all below it; it outlives those it starts anew.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
+            return
+        pid = os.getppid()
+    follow(out, pid, spec.track, say)
 
 
 def _launcher(target: Target, options: JobOptions) -> list[str]:

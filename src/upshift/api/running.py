@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ class RunOptions:
     """`plan` None: the file beside the script if there is one. `require` is the least rung of the proof.
 
     `tune`: seconds in which live techniques are tried inside the run, without a plan; 0 for none.
+    `track`: trackers that are told of the run while it goes on, such as `tensorboard:DIR`.
     """
 
     plan: Path | None = None
@@ -35,6 +37,7 @@ class RunOptions:
     runs: Path = Path(".upshift/runs")
     quiet: bool = False
     tune: float = 0.0
+    track: tuple[str, ...] = ()
 
 
 def choose_plan(target: Target, options: RunOptions) -> Chosen:
@@ -57,6 +60,24 @@ def _wanted(options: RunOptions) -> choosing.Wanted:
     )
 
 
+def follow(folder: Path, pid: int, track: Sequence[str], say: Say) -> None:
+    """Start the process beside a run that samples resources and feeds trackers; training never waits for it."""
+    from upshift.sinks import beside
+
+    started = beside.start(folder, pid, sinks=track)
+    if started.reason:
+        say(started.reason)
+
+
+def _trackers(options: RunOptions) -> list[str]:
+    """The trackers asked for, once they are known to be usable."""
+    if not options.track:
+        return []
+    from upshift.api.tracking import check_trackers
+
+    return check_trackers(options.track)
+
+
 def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
     """Replace this process by the hooked script, or by a launcher whose Python processes find the hook.
 
@@ -64,13 +85,15 @@ def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
 
     Raises:
         UsageError: no such script, a launcher that cannot be started, or options that do not go with `tune`.
+        MissingExtraError: a tracker's package is not installed.
         PlanError: a plan that cannot be read.
     """
+    trackers = _trackers(options)
     if options.tune:
         choosing.check_tuning(target.name, target.module, _wanted(options), launcher=target.starts_others)
         options = replace(options, no_plan=True)
     if target.starts_others:
-        _launch(target, options, say)
+        _launch(target, options, trackers, say)
     target.check()
     chosen = choose_plan(target, options)
     for note in () if options.tune else chosen.notes:
@@ -81,6 +104,7 @@ def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
     file = Path(spec.record) / "spec.json"
     file.write_bytes(msgspec.json.encode(spec))
     env = environment(chosen.techniques)
+    follow(Path(spec.record), os.getpid(), trackers, say)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command(file), env)
@@ -101,7 +125,7 @@ def _run_spec(target: Target, options: RunOptions, more: dict[str, Any]) -> Chil
     )
 
 
-def _launch(target: Target, options: RunOptions, say: Say) -> NoReturn:
+def _launch(target: Target, options: RunOptions, trackers: list[str], say: Say) -> NoReturn:
     """Replace this process by a command that starts the training. Each process chooses its plan by itself."""
     from upshift.hook import launched
 
@@ -114,6 +138,7 @@ def _launch(target: Target, options: RunOptions, say: Say) -> NoReturn:
     (folder / LOG).unlink()  # it was only to see that records can be written there
     (folder / "launch.json").write_bytes(msgspec.json.encode(spec))
     say(f"{target.name} starts; processes below it that train are recorded in {folder}")
+    follow(folder, os.getpid(), trackers, say)
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from upshift.api.jobs import SPEC, JobSpec, parse_settings
+from upshift.api.jobs import SPEC, JobSpec, owned, parse_settings
 from upshift.cli.show import safe
 from upshift.errors import UpshiftError, UsageError
 from upshift.hook.boot import OUTSIDE
@@ -67,7 +67,8 @@ def _execution(spec: JobSpec, reference: str, bar: Bar) -> Any:
         save_seconds=spec.save_seconds, save_steps=spec.save_steps, interruption_seconds=spec.interruption_seconds,
         grace=spec.grace, notice=spec.notice, parallel=spec.parallel, stop_at=spec.stop_at, process_ends=True,
         environment=dict(spec.environment),
-        say=bar.say, metrics=bar.metrics, progress=bar.show if bar.live else None,
+        owned=lambda out: owned(spec, out, bar.say), say=bar.say, metrics=bar.metrics,
+        progress=bar.show if bar.live else None,
     )  # fmt: skip
 
 

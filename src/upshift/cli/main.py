@@ -16,10 +16,12 @@ COMMANDS = {
     "tune": "Try techniques on a script; keep what is faster and proven as good.",
     "run": "Train with the plan: guarded, monitored, recorded.",
     "verify": "Whole runs, with and without the plan: is your own metric as good?",
-    "compare": "Two runs side by side.",
+    "watch": "A run in the terminal, live.",
+    "compare": "Runs side by side: performance, time, cost, energy, carbon.",
     "report": "Draw any record again.",
     "checkpoints": "What a run can be resumed from: verified, listed, exported.",
-    "explain": "The catalogue of techniques and findings.",
+    "estimate": "Memory, time and cost of a training on other hardware.",
+    "explain": "The catalogue of techniques, findings and devices.",
     "doctor": "Is this machine fit, and how often would upshift be wrong on it?",
 }
 

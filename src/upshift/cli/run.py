@@ -46,6 +46,8 @@ from upshift.errors import UsageError
 @click.option("--grace", type=show.Duration(), default=30.0, metavar="DURATION",
               help="Job: time between SIGTERM and the end.  [default: 30s]")  # fmt: skip
 @click.option("--notice", default="", metavar="COMMAND", help="Job: exits with 0 when the machine will be taken away.")
+@click.option("--track", multiple=True, metavar="TRACKER[:PLACE]", help="Also tell tensorboard, wandb, mlflow or "
+              "prometheus, from a process beside the run.")  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; only record.")
 @show.target_options
 def command(
@@ -68,6 +70,7 @@ def command(
     interruptions: float,
     grace: float,
     notice: str,
+    track: tuple[str, ...],
     quiet: bool,
     module: str | None,
     rest: tuple[str, ...],
@@ -92,6 +95,7 @@ def command(
       upshift run --plan fast.toml --require trajectory train.py
       upshift run --no-plan train.py
       upshift run --tune 5m train.py
+      upshift run --track tensorboard:logs train.py
       upshift run -- torchrun --nproc-per-node 2 train.py
       upshift run --out runs/cifar jobs.py:cifar
       upshift run --out runs/cifar --nproc 2 --set epochs=3 jobs.py:cifar
@@ -111,7 +115,7 @@ def command(
             micro_batch=_micro_batch(micro_batch, fit), fit=fit, workers=workers,
             save_seconds=seconds, save_steps=steps,
             interruption_seconds=interruptions, grace=grace, notice=notice, parallel=parallel, processes=nproc,
-            quiet=quiet,
+            track=track, quiet=quiet,
         )  # fmt: skip
         api.run_job(target, job, say)
     if not module and not Path(target.name).exists() and not target.starts_others:
@@ -122,7 +126,7 @@ def command(
                    workers=workers, save_every=save_every, notice=notice)  # fmt: skip
     options = api.RunOptions(
         plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", runs=runs, quiet=quiet,
-        tune=tune or 0.0,
+        tune=tune or 0.0, track=track,
     )  # fmt: skip
     api.run(target, options, say)
 

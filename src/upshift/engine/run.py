@@ -75,6 +75,8 @@ def train_job(job: Job, settings: Execution | None = None, outside: dict[str, st
                 say=lambda text: _tell(recorder, settings, group, "checkpoint", text),
             )  # fmt: skip
             store.acquire()
+            if group.main and settings.owned is not None:
+                settings.owned(settings.out)
         try:
             return _train(job, settings, group, recorder, store, outside or {})
         finally:

@@ -36,6 +36,7 @@ class Execution:
         spikes: whether a loss that explodes is treated like one that is not finite.
         process_ends: nothing comes after the training in this process.
         stop_at: stop after this update as if somebody had asked for it.
+        owned: told the run folder once it is this run's own, before anything is done with it.
         on_batch: told of every update before it is made: step, epoch, indices of this rank's samples.
         say: told what a person should read.
         metrics: told step, epoch and metrics after every evaluation.
@@ -61,6 +62,7 @@ class Execution:
     signals: bool = True
     process_ends: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    owned: Callable[[Path], None] | None = None
     on_batch: Callable[[int, int, Any], None] | None = None
     say: Callable[[str], None] = _silent
     metrics: Callable[[int, int, dict[str, float]], None] | None = None
