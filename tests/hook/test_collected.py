@@ -12,7 +12,7 @@ import torch
 
 from upshift.hook import seeding
 from upshift.hook.imports import AfterImport
-from upshift.hook.scalars import FILE, Scalars
+from upshift.hook.scalars import FILE, Scalars, into_file
 from upshift.hook.written import Written
 
 
@@ -80,7 +80,7 @@ def test_wandb_and_tensorboard_scalars(tmp_path, monkeypatch):
     writer.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", writer)
-    Scalars(tmp_path).install(AfterImport())
+    Scalars(into_file(tmp_path)).install(AfterImport())
     wandb.init(project="x")
     wandb.log({"val/acc": torch.tensor(0.5), "name": "text"}, step=3)
     SummaryWriter().add_scalar("loss", 0.25, 1)

@@ -28,14 +28,18 @@ class Recorder:
         self._checkpoint = 0.0
 
     def start(self, *, job: str, arguments: tuple[str, ...], plan_file: str, techniques: dict[str, Any],
-              environment: dict[str, str], first: int) -> None:  # fmt: skip
+              environment: dict[str, str], first: int, planned: int | None = None,
+              parameters: int | None = None) -> None:  # fmt: skip
         """The head of the log."""
         self._first = first
         if self.log is not None:
             self.log.append(
                 "start", script=job, arguments=list(arguments), started=time.strftime("%Y-%m-%d %H:%M:%S"),
                 clock=time.time(), pid=os.getpid(), plan=plan_file, techniques=techniques, environment=environment,
+                steps_planned=planned,
             )  # fmt: skip
+            if parameters is not None:
+                self.log.append("model", at=0.0, text="", values={"parameters": parameters})
 
     def window(self, step: int) -> None:
         """Close a window: the updates since the last one, up to `step`."""

@@ -101,7 +101,8 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
     training = Training(parts, recorder, saving, stop)
     recorder.start(
         job=settings.reference or job.name, arguments=(), plan_file=settings.plan_file, techniques=settings.plan,
-        environment=settings.environment, first=0,
+        environment=settings.environment, first=0, planned=parts.span.steps,
+        parameters=sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
     )  # fmt: skip
     error: BaseException | None = None
     try:

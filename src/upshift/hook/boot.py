@@ -75,16 +75,21 @@ def _isolate(spec: ChildSpec, channel: Channel) -> None:
     channel.send({"kind": "isolation", "rung": isolation.rung, "detail": isolation.detail})
 
 
-def _collect(spec: ChildSpec, imports: AfterImport) -> Callable[[], None]:
-    """What a whole run under verification needs: other seeds, and a copy of what it logs. Returns what ends it."""
+def _collect(spec: ChildSpec, imports: AfterImport, controller: Controller) -> Callable[[], None]:
+    """What the script logs goes to the record; a whole run under verification also gets other seeds, and a copy of the
+    files it writes. Returns what ends it."""
     if spec.options.get("seed_shift"):
         seeding.shift(int(spec.options["seed_shift"]), imports)
-    if not spec.options.get("collect"):
+    if spec.mode != "run":
         return lambda: None
-    from upshift.hook.scalars import Scalars
+    from upshift.hook.scalars import Scalars, into_file
+
+    if not spec.options.get("collect"):
+        Scalars(controller.logged).install(imports)
+        return lambda: None
     from upshift.hook.written import Written
 
-    Scalars(Path(spec.record)).install(imports)
+    Scalars(into_file(Path(spec.record))).install(imports)
     written = Written(Path(spec.record))
     written.install()
     return written.close
@@ -126,7 +131,7 @@ def start(spec: ChildSpec, channel: Channel | None) -> None:
     if spec.seed is not None:
         seeding.seed(spec.seed, imports)
     imports.on("torch", torch_ready)
-    collected = _collect(spec, imports)
+    collected = _collect(spec, imports, controller)
     ending: list[BaseException] = []
 
     def finish() -> None:

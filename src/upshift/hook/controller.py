@@ -39,6 +39,9 @@ class Controller:
     def on_step(self, record: StepRecord) -> None:
         """A global step has ended."""
 
+    def logged(self, values: dict[str, float]) -> None:
+        """The script has logged metrics."""
+
     def rescue(self, module: Any, names: tuple[str, ...], error: Exception) -> None:
         """A technique, or the script's own code inside it, raised in a forward call. Return to go on without."""
         raise error

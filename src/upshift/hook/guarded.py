@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from upshift.errors import UsageError
 from upshift.hook.controller import Controller, describe, exit_code
 from upshift.hook.lossguard import LossGuard
+from upshift.hook.remarks import Remarks
 from upshift.measure.steps import TIMED, StepRecord
 from upshift.records.runlog import LOG, RunLog
 from upshift.sites.runner import ChildSpec
@@ -55,6 +56,7 @@ class RunController(Controller):
         self.torch: Any = None
         self.steps = 0
         self.flusher: threading.Thread | None = None
+        self.remarks = Remarks(self.log)
         self.log.append(
             "start",
             script=spec.target,
@@ -106,6 +108,11 @@ class RunController(Controller):
             evaluation=record.nograd,
             checkpoint=record.checkpoint,
         )
+        self.remarks.window(record, self.watch, self.steps)
+
+    def logged(self, values: dict[str, float]) -> None:
+        """Metrics of the script, for the record."""
+        self.remarks.metrics(values)
 
     def _losses(self, record: StepRecord) -> tuple[Sequence[int], list[float]]:
         """The losses that can be read without waiting, and the step each belongs to."""
@@ -212,6 +219,7 @@ class RunController(Controller):
         """Close the record and say in one line what was seen."""
         elapsed = time.perf_counter() - self.began
         self.watch.flush()
+        self.remarks.flush(elapsed, self.steps)
         if self.loss_guard is not None:
             self.loss_guard.finish()
         for name, reason in self.stage.effects().items():

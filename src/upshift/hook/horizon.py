@@ -18,6 +18,23 @@ class Horizon:
         self.values: dict[str, Any] = {}
         self.patches = Patches()
 
+    @classmethod
+    def of_main(cls) -> Horizon:
+        """From the command line and the globals of `__main__` alone; nothing is patched."""
+        import argparse
+
+        found = cls()
+        words = sys.argv[1:]
+        for value in list(vars(sys.modules["__main__"]).values()):
+            if isinstance(value, argparse.Namespace):
+                found.values.update(vars(value))
+        for word, after in zip(words, [*words[1:], ""], strict=False):
+            name, equals, text = word.partition("=")
+            text = text if equals else after
+            if name.startswith("--") and text.isdigit():
+                found.values[name[2:].replace("-", "_")] = int(text)
+        return found
+
     def install(self) -> None:
         """Keep the namespaces that argparse returns."""
         import argparse

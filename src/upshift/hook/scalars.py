@@ -1,10 +1,11 @@
-"""What a script logs to TensorBoard or Weights & Biases, as JSON lines in a file of ours."""
+"""What a script logs to TensorBoard or Weights & Biases, told to us too."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,28 @@ from upshift.hook.imports import AfterImport
 #: In the folder of the record.
 FILE = "scalars.jsonl"
 
+Tell = Callable[[dict[str, float]], None]
+
+
+def into_file(folder: Path) -> Tell:
+    """A function that appends what it is told to `FILE`, a line a call."""
+
+    def tell(values: dict[str, float]) -> None:
+        try:
+            with open(folder / FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError:
+            pass
+
+    return tell
+
 
 class Scalars:
-    """Writes every logged scalar to `FILE`. The script's own logging goes on."""
+    """Tells every scalar that is logged in this process. The script's own logging goes on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._pid = os.getpid()
-        self._file = folder / FILE
+        self._tell = tell
 
     def install(self, imports: AfterImport) -> None:
         """Wait for the loggers to be imported."""
@@ -29,7 +45,7 @@ class Scalars:
         imports.on("wandb", self._wandb)
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line with the numbers among `values`; never raises."""
+        """Tell the numbers among `values`."""
         found: dict[str, float] = {}
         for name, value in values.items():
             try:
@@ -37,11 +53,7 @@ class Scalars:
             except (TypeError, ValueError, RuntimeError):
                 continue
         if found and os.getpid() == self._pid:
-            try:
-                with open(self._file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
-            except OSError:
-                pass
+            self._tell(found)
 
     def _tensorboard(self, module: ModuleType) -> None:
         writer: Any = getattr(module, "SummaryWriter", None)
