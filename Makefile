@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types imports unit test-frameworks kinds test-cuda soak mutants bench bench-proof bench-engine data docs clean
+.PHONY: help demo test lint types imports unit test-frameworks kinds test-cuda soak mutants bench bench-proof bench-engine bench-ledger data docs clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -62,6 +62,12 @@ bench-proof: $(STAMP)  ## how often the proof is wrong, on trials whose truth is
 bench-engine: $(STAMP)  ## what the engine of jobs costs a step, against the raw loop and other frameworks
 	$(BIN)/python benchmarks/engine/overhead.py
 	$(BIN)/python benchmarks/engine/overhead.py --tiny
+
+bench-ledger: $(STAMP)  ## what recording costs, how good estimates are, how long a long run's report takes
+	$(BIN)/python benchmarks/ledger/overhead.py
+	$(BIN)/python benchmarks/ledger/memory.py
+	$(BIN)/python benchmarks/ledger/steptime.py
+	$(BIN)/python benchmarks/ledger/long_run.py
 
 data: $(STAMP)   ## fetch the real data sets some examples use
 	$(BIN)/python examples/get_data.py all

@@ -18,7 +18,7 @@ one() { # NAME BUDGET "ARGUMENTS OF THE FULL JOB" "ARGUMENTS OF A SHORT RUN"
     rm -rf runs
     upshift run --runs runs --no-plan "$name.py" $short
     upshift run --runs runs "$name.py" $short
-    upshift compare runs/*
+    upshift compare --names "as written,planned" --html ".upshift/reports/$name-compare.html" runs/*
 }
 
 one digits 105s "" "--epochs 2"

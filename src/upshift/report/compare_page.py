@@ -43,7 +43,7 @@ def render_compare(found: Comparison, *, label: str = "") -> str:
         "command": words.clean(names, 400), "label": label,
     }  # fmt: skip
     kind, big = compared.claim(found)
-    template = html._environment().get_template("compare.html.j2")
+    template = html.environment().get_template("compare.html.j2")
     return template.render(
         page=page, css=css, csp=Markup(csp),
         claim=Claim(kind, big, "", (f"{len(found.approaches)} approaches, {_runs(found)} runs",),

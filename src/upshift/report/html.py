@@ -35,7 +35,7 @@ def _finalize(value: object) -> object:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     return Environment(
         loader=PackageLoader("upshift.report"),
         autoescape=True,
@@ -65,7 +65,7 @@ def _page(template: str, kind: str, script: str, arguments: tuple[str, ...], whe
         "command": command,
         "label": label,
     }
-    return _environment().get_template(template).render(page=page, css=css, csp=Markup(csp), **view)
+    return environment().get_template(template).render(page=page, css=css, csp=Markup(csp), **view)
 
 
 def render_tune(report: TuneReport, runs: Sequence[Run] = (), *, plan: Plan | None = None, label: str = "") -> str:

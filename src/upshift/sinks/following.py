@@ -265,12 +265,13 @@ def without_secrets(arguments: Iterable[str]) -> list[str]:
 def write_report(folder: Path) -> Path | None:
     """The page of the run, written whole into its folder; None where there is nothing to draw or no room."""
     from upshift.errors import UpshiftError
+    from upshift.records import resources
     from upshift.records.runlog import fold
     from upshift.report.html import render_run
 
     temporary = folder / f".{REPORT}.{os.getpid()}"
     try:
-        temporary.write_text(render_run(fold(folder)), "utf-8")
+        temporary.write_text(render_run(fold(folder), resources=resources.read(folder)), "utf-8")
         temporary.replace(folder / REPORT)
     except (OSError, UpshiftError, ValueError):
         temporary.unlink(missing_ok=True)
