@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upshift.errors import MissingExtraError, UsageError
+from upshift.records.tail import MAX_LINE
 from upshift.sinks import following, trackers
 from upshift.sinks.following import Follow
-from upshift.sinks.tail import MAX_LINE, Tail
+from upshift.sinks.tail import Tail
 
 # -- the tail ----------------------------------------------------------------------------------------------------------
 

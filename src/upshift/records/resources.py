@@ -5,20 +5,18 @@ Counters are sums since the run began, so that samples may be taken rarely, or t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from upshift.records.quantity import Basis, Record
+from upshift.records.tail import Tail
 
 FILE = "resources.jsonl"
 
 #: Samples kept in the fold; of more, every second one is dropped.
 MOST_SAMPLES = 4096
 MOST_ALARMS = 1000
-MAX_LINE = 1 << 20
 
 
 class GpuSample(Record, frozen=True):
@@ -118,42 +116,64 @@ class Resources(Record, frozen=True):
 
 def read(folder: Path) -> Resources | None:
     """The resources recorded in a run's folder; None where none were. Lines that cannot be read are counted."""
-    head, samples, alarms, torn, overhead = Head(), list[Sample](), list[Alarm](), 0, None
-    stride, seen = 1, 0
+    tail, found = Tail(folder / FILE), _Folded()
     try:
-        for item in _lines(folder / FILE):
-            try:
-                kind = item.pop("kind") if item is not None else ""
-                if item is None:
-                    torn += 1
-                elif kind == "head":
-                    head = msgspec.convert(item, Head)
-                elif kind == "sample":
-                    seen += 1
-                    if seen % stride == 0:
-                        samples.append(msgspec.convert(item, Sample))
-                    if len(samples) > 2 * MOST_SAMPLES:
-                        # The last sample holds the sums, so it stays.
-                        samples, stride = samples[1::2], stride * 2
-                elif kind == "alarm" and len(alarms) < MOST_ALARMS:
-                    alarms.append(msgspec.convert(item, Alarm))
-                elif kind == "end":
-                    overhead = float(item["overhead_seconds"])
-            except (msgspec.ValidationError, KeyError, TypeError, ValueError):
-                torn += 1
+        while lines := tail.read():
+            for line in lines:
+                found.add(line)
+        for line in tail.last():
+            found.add(line)
     except OSError:
         return None
-    return Resources(head, tuple(samples), tuple(alarms), overhead, torn)
+    return found.resources()
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE):
-            if line == b"\n":
-                continue
-            try:
-                found = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                yield None
-                continue
-            yield found if isinstance(found, dict) and isinstance(found.get("kind"), str) else None
+class _Folded:
+    """What has been read so far. Of very many samples every second one is dropped, but never the last."""
+
+    def __init__(self) -> None:
+        self.head = Head()
+        self.samples: list[Sample] = []
+        self.newest: Sample | None = None
+        self.alarms: list[Alarm] = []
+        self.overhead: float | None = None
+        self.torn = 0
+        self._stride, self._seen = 1, 0
+
+    def add(self, line: bytes) -> None:
+        """Add one line."""
+        try:
+            item = msgspec.json.decode(line)
+            kind = item.pop("kind")
+            if kind == "head":
+                self.head = msgspec.convert(item, Head)
+            elif kind == "sample":
+                self._sample(msgspec.convert(item, Sample))
+            elif kind == "alarm" and len(self.alarms) < MOST_ALARMS:
+                self.alarms.append(msgspec.convert(item, Alarm))
+            elif kind == "end":
+                self.overhead = float(item["overhead_seconds"])
+        except (
+            msgspec.MsgspecError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ):
+            self.torn += 1
+
+    def _sample(self, sample: Sample) -> None:
+        self._seen += 1
+        self.newest = sample
+        if self._seen % self._stride == 0:
+            self.samples.append(sample)
+            self.newest = None
+        if len(self.samples) > 2 * MOST_SAMPLES:
+            self.samples, self._stride = self.samples[1::2], self._stride * 2
+
+    def resources(self) -> Resources:
+        """All of it. The newest sample holds the sums, so it is among the samples."""
+        last = (self.newest,) if self.newest is not None else ()
+        return Resources(self.head, (*self.samples, *last), tuple(self.alarms), self.overhead, self.torn)

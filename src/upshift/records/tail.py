@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 #: A longer line is not one of ours; it comes back as `SPOILT`.
@@ -10,6 +12,9 @@ MAX_LINE = 1 << 20
 
 #: Bytes read at once.
 BLOCK = 1 << 20
+
+#: As many bytes before the place reached are compared, to see whether the file is still the one that was read.
+_KNOWN = 64
 
 #: Stands for a line too long to be kept; nothing can be read from it.
 SPOILT = b"\0"
@@ -22,14 +27,20 @@ class Tail:
     has added up what came before starts anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, block: int | None = None) -> None:
+        """
+        Args:
+            path: the file; it need not be there yet.
+            block: bytes taken in by one `read`; None: `BLOCK`.
+        """
         self.path = path
+        self._block = block
         self.generation = 0
         self.offset = self.size = 0
         self.changed: float | None = None
         """When the file was last written, in seconds since the epoch."""
         self._file: tuple[int, int] | None = None
-        self._rest = b""
+        self._rest = self._before = b""
         self._spoilt = False
 
     @property
@@ -41,18 +52,23 @@ class Tail:
         """The lines of the next block, without their ends and without empty ones.
 
         Raises:
-            OSError: the file is not there, or cannot be read.
+            OSError: the file is not there, is none, or cannot be read.
         """
-        with open(self.path, "rb") as file:
-            status = os.fstat(file.fileno())
-            identity = (status.st_dev, status.st_ino)
-            if self._file is not None and (identity != self._file or status.st_size < self.offset):
+        # A pipe of this name would wait for its writer.
+        file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(self.path))
+            if self._file is not None and not self._same(file, status):
                 self.generation += 1
-                self.offset, self._rest, self._spoilt = 0, b"", False
-            self._file, self.size, self.changed = identity, status.st_size, status.st_mtime
-            file.seek(self.offset)
-            block = file.read(BLOCK)
+                self.offset, self._rest, self._before, self._spoilt = 0, b"", b"", False
+            self._file, self.size, self.changed = (status.st_dev, status.st_ino), status.st_size, status.st_mtime
+            block = os.pread(file, self._block or BLOCK, self.offset)
+        finally:
+            os.close(file)
         self.offset += len(block)
+        self._before = (self._before + block[-_KNOWN:])[-_KNOWN:]
         if not block:
             return []
         *lines, rest = (self._rest + block).split(b"\n")
@@ -62,6 +78,12 @@ class Tail:
             rest, self._spoilt = b"", True
         self._rest = rest
         return [line if len(line) <= MAX_LINE else SPOILT for line in lines if line]
+
+    def _same(self, file: int, status: os.stat_result) -> bool:
+        if (status.st_dev, status.st_ino) != self._file or status.st_size < self.offset:
+            return False
+        known = self._before
+        return os.pread(file, len(known), self.offset - len(known)) == known
 
     def last(self) -> list[bytes]:
         """What stands after the last line end: a line cut short, or one that is still being written."""
