@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from upshift.errors import UsageError
+from upshift.hook import ranges
 from upshift.hook.controller import Controller, describe, exit_code
 from upshift.hook.lossguard import LossGuard
 from upshift.hook.remarks import Remarks
@@ -77,6 +78,8 @@ class RunController(Controller):
     def torch_ready(self, torch: ModuleType) -> None:
         """Say what is patched."""
         self.torch = torch
+        if ranges.wanted():
+            ranges.install(torch, self.watch.patches)
         # Techniques act in every forward, and the guard looks at every loss.
         self.watch.may_sleep = not self.guarding
         self.looks_at_losses = self.guarding and self._has_band()
