@@ -39,7 +39,8 @@ class Recorder:
                 steps_planned=planned,
             )  # fmt: skip
             if parameters is not None:
-                self.log.append("model", at=0.0, text="", values={"parameters": parameters})
+                told = f"{parameters:,} parameters are trained"
+                self.log.append("model", at=0.0, text=told, values={"parameters": parameters})
 
     def window(self, step: int) -> None:
         """Close a window: the updates since the last one, up to `step`."""

@@ -51,7 +51,10 @@ class Remarks:
         models = [model for reference in watch.models if (model := reference()) is not None]
         parameters = {id(p): p.numel() for model in models for p in model.parameters() if p.requires_grad}
         if parameters:
-            self._log.append("model", at=record.at, text="", values={"parameters": sum(parameters.values())})
+            count = sum(parameters.values())
+            self._log.append(
+                "model", at=record.at, text=f"{count:,} parameters are trained", values={"parameters": count}
+            )
         planned = Horizon.of_main().steps(_batches(watch), record.batches / max(record.steps, 1))
         if planned is not None and planned >= steps:
             self._log.append("planned", steps=planned)

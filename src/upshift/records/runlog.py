@@ -191,7 +191,7 @@ class _Folded:
             event = msgspec.convert({"at": 0.0, "text": "", **item, "kind": kind}, Event)
             self.recent_events.append(event)
             self._at = max(self._at, event.at)
-            if event.values:
+            if kind == "metrics" and event.values:
                 self.metrics = event
             if len(self.events) < MOST_EVENTS:
                 self.events.append(event)

@@ -133,9 +133,13 @@ def snapshot(moment: Moment) -> Snapshot:
     speed = _speed(near)
     left, left_how = time_left(run, near, whole=moment.share >= 1)
     loss = next((item for item in reversed(moment.recent or run.windows) if words.finite(item.loss)), None)
-    metrics = moment.metrics or next((item for item in reversed(run.events) if item.values), None)
+    metrics = moment.metrics or next(
+        (item for item in reversed(run.events) if item.kind == "metrics" and item.values), None
+    )
     samples = _attempt(resources.samples if resources is not None else ())
     last = samples[-1] if samples else None
+    # The last look may have come after the last process had ended.
+    seen = next((item for item in reversed(samples) if item.processes), last)
     head = resources.head if resources is not None else None
     cores = head.cores if head is not None and words.finite(head.cores) and head.cores > 0 else None
     cpu = rate(samples, lambda item: item.cpu_seconds, "cores")
@@ -177,7 +181,7 @@ def snapshot(moment: Moment) -> Snapshot:
         cpu=cpu,
         cpu_share=_share(cpu, cores),
         machine_share=_share(machine, cores),
-        memory=_measured(last.memory if last is not None else None, "B"),
+        memory=_measured(seen.memory if seen is not None else None, "B"),
         memory_limit=head.memory_limit if head is not None and words.finite(head.memory_limit) else None,
         memory_available=_measured(last.memory_available if last is not None else None, "B"),
         read=rate(samples, lambda item: item.read, "B/s"),

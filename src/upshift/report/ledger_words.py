@@ -120,12 +120,18 @@ def entry_text(field: str, entry: Entry | None, currency: str = "USD") -> str:
     """
     if entry is None:
         return words.NOT_APPLICABLE
-    how = _AGAIN.sub("", words.clean(entry.how, 1000), count=1)
+    figure, how = parts(field, entry, currency)
+    return f"{figure} ({how})" if how else figure
+
+
+def parts(field: str, entry: Entry, currency: str = "USD", most: int = 1000) -> tuple[str, str]:
+    """A figure with its interval, and its basis and how it is known in at most `most` characters or so."""
+    how = words.clean(_AGAIN.sub("", words.clean(entry.how, 1000), count=1), most)
     if not words.known(entry.value):
-        return f"{words.UNKNOWN} ({how})" if how else words.UNKNOWN
-    parts = [amount_text(field, entry.value, currency), interval_text(field, entry.value, currency)]
+        return words.UNKNOWN, how
+    found = [amount_text(field, entry.value, currency), interval_text(field, entry.value, currency)]
     basis = words.basis_text(entry.value)
-    return f"{', '.join(part for part in parts if part)} ({f'{basis}: {how}' if how else basis})"
+    return ", ".join(part for part in found if part), f"{basis}: {how}" if how else basis
 
 
 def entries(ledger: Ledger) -> tuple[tuple[str, Entry], ...]:

@@ -319,14 +319,8 @@ def _books(moment: Moment) -> list[tuple[str, RenderableType]]:
         return [("cost", _text("unknown: nothing was counted", "dim"))]
     rows: list[tuple[str, RenderableType]] = []
     for field in ledger_words.SHORT:
-        entry = getattr(ledger, field)
-        parts = [
-            ledger_words.amount_text(field, entry.value, ledger.currency),
-            ledger_words.interval_text(field, entry.value, ledger.currency),
-        ]
-        told = _text(", ".join(part for part in parts if part))
-        basis = words.basis_text(entry.value)
-        how = [basis if words.known(entry.value) else "", words.clean(entry.how, 160)]
-        told.append(f" ({': '.join(part for part in how if part)})" if any(how) else "", style="dim")
+        figure, how = ledger_words.parts(field, getattr(ledger, field), ledger.currency, 160)
+        told = _text(figure)
+        told.append(f" ({how})" if how else "", style="dim")
         rows.append((ledger_words.LABELS[field], told))
     return rows
