@@ -78,7 +78,11 @@ def upshift(*arguments: str, cwd: Path, **more: str) -> Ended:
 
 def often(cases: Iterable[Any], *names: Any) -> list[Any]:
     """For `parametrize`: the cases of `names` belong to every run of the tests, the others to `make soak`."""
-    found = [case if case in names else pytest.param(case, marks=pytest.mark.extra) for case in cases]
+    rarely = pytest.mark.extra
+    found = [
+        case if case in names else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=rarely)
+        for case in cases
+    ]
     assert len(found) > len(names) == sum(case in names for case in cases), "a case is named that is not there"
     return found
 
