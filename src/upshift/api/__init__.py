@@ -4,7 +4,9 @@ One file per function; the names below are the public ones.
 """
 
 from upshift.api.checkpoints import Inventory, checkpoints, export
+from upshift.api.comparing import CompareOptions, compare
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, diagnose
+from upshift.api.estimating import EstimateOptions, estimate
 from upshift.api.jobs import JobOptions, parse_settings, run_job
 from upshift.api.machines import doctor, selftest
 from upshift.api.objective import Objective
@@ -16,8 +18,10 @@ from upshift.api.tuning import Tuned, TuneOptions, tune
 from upshift.api.verifying import VerifyOptions, verify
 
 __all__ = [
+    "CompareOptions",
     "DiagnoseOptions",
     "Diagnosed",
+    "EstimateOptions",
     "Inventory",
     "JobOptions",
     "Objective",
@@ -31,8 +35,10 @@ __all__ = [
     "VerifyOptions",
     "checkpoints",
     "choose_plan",
+    "compare",
     "diagnose",
     "doctor",
+    "estimate",
     "export",
     "latest_run",
     "load",

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from upshift import units
+from upshift.hook.activations import StepObserver, resident
 from upshift.hook.channel import Channel, ChannelClosed
 from upshift.hook.controller import Controller, describe, exit_code, stand_still
 from upshift.hook.events import DevicePhases, StreamEvent
@@ -56,6 +57,8 @@ class DiagnoseController(Controller):
         self.left_out: set[int] = set()
         self.counter: StepCounter | None = None
         self.count: Any = None
+        self.work: StepObserver | None = None
+        self.resident: int | None = None
         self.sampler: HostSampler | None = None
         self.syncs: Syncs | None = None
         self.events: DevicePhases | None = None
@@ -76,6 +79,7 @@ class DiagnoseController(Controller):
     def torch_ready(self, torch: ModuleType) -> None:
         """Listen for what techniques must know."""
         self.torch = torch
+        self.resident = resident()
         self.traits.listen(torch)
         self.recipe.install(torch)
 
@@ -117,6 +121,7 @@ class DiagnoseController(Controller):
                 self.counter.start()
             except Exception:
                 self.counter = None
+        self._see_work(record)
         self._trace(record)
         if now - self.told > 0.25:
             self.told = now
@@ -127,6 +132,21 @@ class DiagnoseController(Controller):
             return
         if enough:
             self._end("enough seen")
+
+    def _see_work(self, record: StepRecord) -> None:
+        """Two steps operation by operation, where an estimate wants them; their time is left out."""
+        if self.work is not None:
+            if self.work.running:
+                self.left_out.add(record.number)
+                self.work.step_ended()
+        elif self.spec.options.get("work") and record.number >= COUNTED + (4 if self.trace_file else 0):
+            models = [found for item in self.watch.models if (found := item()) is not None]
+            optimizers = [found for item in self.watch.optimizers if (found := item()) is not None]
+            shapes = [self.watch.shapes.get(id(module), ()) for module in models]
+            batch = next((sizes[0] for shape in shapes for sizes in shape[:1] if sizes), None)
+            self.work = StepObserver(models, optimizers, batch, process_base=self.resident)
+            if not self._compiled():
+                self.work.start()
 
     def _keep_alive(self) -> None:
         """Hold what trains until the next step: facts are read at the end, when a `main()` has left its own behind."""
@@ -315,6 +335,7 @@ class DiagnoseController(Controller):
             syncs_note="not applicable on CPU" if facts.device == "cpu" else "host time blocked in calls that wait",
             overhead=overhead,
             notes=self._notes(),
+            work=None if self.work is None else self.work.found(),
         )
 
     def _notes(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from upshift.records.quantity import Quantity, Record
 from upshift.records.recipe import RecipeFacts
+from upshift.records.stepwork import StepWork
 
 #: Phases of a training step, in the order they are shown. They sum to the step; `other` is the remainder.
 PHASES = ("data", "h2d", "forward", "loss", "backward", "optimizer", "sync", "other")
@@ -196,4 +197,6 @@ class Measurement(Record, frozen=True):
     machine: dict[str, str] = {}
     isolation: str = ""
     notes: tuple[str, ...] = ()
+    work: StepWork | None = None
+    """None where no step was seen operation by operation."""
     schema: int = 1

@@ -1,0 +1,1 @@
+"""Which hardware a training should run on: predictions from what was seen of it, pure functions on records."""
