@@ -58,6 +58,13 @@ def test_a_lower_precision_by_hand() -> None:
     assert found.step.value == pytest.approx(0.1 - products + products / 2)
 
 
+def test_a_precision_that_is_only_emulated_is_an_order_of_magnitude() -> None:
+    slow = faster(1.0, flops={"float32": 1e12, "bfloat16": 1e10})
+    found = steptime.scale(seen(), slow, slow, precision="bf16")
+    assert found.order_of_magnitude and found.step.or_else(0) > 1.0
+    assert not steptime.scale(seen(), HERE, HERE, precision="bf16").order_of_magnitude
+
+
 def test_between_kinds_of_devices_it_is_an_order_of_magnitude() -> None:
     found = steptime.scale(seen(), HERE, gpu())
     assert found.order_of_magnitude and "order of magnitude" in found.how

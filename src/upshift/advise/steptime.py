@@ -304,8 +304,10 @@ def _predict(seen: Measurement, parts: Sequence[_Part], source: DeviceFigures, t
     how = "scaled from the step measured, operation by operation, by the rooflines"
     how += " of both devices" if moved else " of this machine"
     found = estimated(total, "s", ends[0] / (1 + width), ends[1] * (1 + width))
+    # Where arithmetic and memory answer so differently (a precision the device only emulates), no point is worth much.
+    rough = ends[1] * (1 + width) ** 2 > MAGNITUDE**2 * ends[0]
     shown = {"data": data, "host": host, "products": products, "other operations": value - products}
-    return StepPrediction(found, shown, how=how)
+    return StepPrediction(found, shown, order_of_magnitude=rough, how=how)
 
 
 def _factors(row: OpWork, source: DeviceFigures, target: DeviceFigures, ratio: float, precision: str) -> list[float]:
