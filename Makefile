@@ -46,7 +46,8 @@ test-cuda: $(STAMP)  ## tests that need a CUDA device
 
 soak: $(STAMP)   ## long simulations of the statistics, a search by whole runs, faults at scale
 	$(BIN)/python benchmarks/proof_simulation.py
-	$(BIN)/pytest -m extra
+	HYPOTHESIS_PROFILE=anew $(BIN)/pytest -m extra
+	HYPOTHESIS_PROFILE=anew $(BIN)/pytest -n 2 tests/records tests/measure tests/diagnose tests/report tests/hardware tests/advise
 	$(BIN)/python benchmarks/engine/crash_states.py --all
 	$(BIN)/python benchmarks/engine/kills.py --kills 3000
 

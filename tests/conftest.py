@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: tests run beside each other on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,11 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 # A process beside each of the many short runs would only take their cores; the tests that want one say so.
 os.environ["UPSHIFT_NO_COMPANION"] = "1"
+
+# The same examples every time: a run of the tests speaks of the change, not of chance. `make soak` draws anew.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("anew", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 #: The console script of this environment.
 UPSHIFT = str(Path(sys.executable).with_name("upshift"))

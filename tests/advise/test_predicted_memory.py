@@ -123,7 +123,7 @@ def test_parts_sum_to_the_total(found: StepWork, batch: int, precision: str) -> 
 @given(works, st.floats(1e6, 1e13), st.booleans())
 def test_the_largest_batch_fits_and_the_next_does_not(found: StepWork, limit: float, accelerator: bool) -> None:
     most = memory.largest_batch(found, limit, accelerator=accelerator)
-    if not any(item.scaled for item in found.moments):
+    if not any(item.scaled >= 1 for item in found.moments):  # less than a byte is nothing
         assert most.value is None
         return
     room = memory.HEADROOM * limit

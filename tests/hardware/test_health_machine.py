@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from upshift.hardware.health import clock, disk, memory, system
@@ -103,6 +103,7 @@ def test_lists_of_the_kernel_are_read_as_they_are_written(cores):
     assert system.numbers(",".join(parts) + "\n") == cores
 
 
+@example("¹")
 @given(st.text(max_size=60))
 def test_lists_that_are_none_are_read_without_an_error(text):
     system.numbers(text)

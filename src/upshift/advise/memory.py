@@ -233,14 +233,14 @@ def largest_batch(
 ) -> Quantity:  # fmt: skip
     """Most samples of a pass that fit into `limit` bytes (`HEADROOM` of them); 0 where not one does."""
     moments = () if work is None else moments_of(work, precision, autocast)
-    if work is None or limit is None or not work.batch or not moments or not any(item.scaled for item in moments):
+    if work is None or limit is None or not work.batch or not moments or not any(item.scaled >= 1 for item in moments):
         return unknown("samples")
 
     def most(extra: float, share: float, error: float) -> float:
         room = (HEADROOM * limit - extra) / (1 + share) - work.parameters - work.buffers - work.optimizer_state
         if any(item.fixed > room for item in moments):
             return 0.0
-        grows = [item for item in moments if item.scaled > 0]
+        grows = [item for item in moments if item.scaled >= 1]  # bytes
         least = min((room - item.fixed) / (item.scaled * (1 + error)) for item in grows)
         return float(math.floor(least * (work.batch or 1)))
 

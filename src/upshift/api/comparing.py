@@ -143,7 +143,7 @@ def _one(folder: Path) -> Path | None:
 
 def _rank(folder: Path) -> tuple[int, str]:
     digits = folder.name.removeprefix("rank")
-    return (int(digits) if digits.isascii() and digits.isdigit() else 1 << 62), folder.name
+    return (int(digits) if digits.isascii() and digits.isdecimal() else 1 << 62), folder.name
 
 
 def _seen(folder: Path, known: Rates) -> Seen:

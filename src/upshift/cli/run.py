@@ -135,7 +135,7 @@ def _save_every(text: str | None) -> tuple[int | None, float | None]:
     """Steps or seconds between two checkpoints."""
     if text is None:
         return None, None
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text), None
     return None, show.Duration().convert(text, None, None)
 
@@ -146,7 +146,7 @@ def _micro_batch(text: str | None, fit: int | None) -> int | str | None:
         raise UsageError("--fit is the limit of a search.", remedy="--micro-batch auto --fit 8GiB")
     if text is None or text == "auto":
         return text
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--micro-batch {text} is no number of samples.", remedy="--micro-batch 64, or auto.")
     return int(text)
 

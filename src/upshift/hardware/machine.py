@@ -67,11 +67,11 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     quotas = []
     for folder in group_folders(root, ""):
         parts = small_text(folder / "cpu.max").split()
-        if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]) > 0:
+        if len(parts) == 2 and parts[0].isdecimal() and parts[1].isdecimal() and int(parts[1]) > 0:
             quotas.append(int(parts[0]) / int(parts[1]))
     for folder in group_folders(root, "cpu"):
         quota, period = small_text(folder / "cpu.cfs_quota_us"), small_text(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(quota) > 0 and int(period) > 0:
+        if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
 
@@ -94,7 +94,7 @@ def memory_limit(root: Path = _ROOT) -> int:
     for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
         for folder in group_folders(root, controller):
             text = small_text(folder / name)
-            if text.isdigit() and 0 < int(text) < NO_LIMIT:
+            if text.isdecimal() and 0 < int(text) < NO_LIMIT:
                 limits.append(int(text))
     return min(limits)
 
@@ -142,7 +142,7 @@ def last_level_cache(root: Path = _ROOT) -> int | None:
     for path in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = small_text(path)
         factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 0)
-        if factor and text[:-1].isdigit():
+        if factor and text[:-1].isdecimal():
             sizes.append(int(text[:-1]) * factor)
     return max(sizes, default=None)
 

@@ -65,7 +65,7 @@ class LateLog(RunLog):
 def own_rank() -> str:
     """The rank of this process among its fellows; empty where nobody has told."""
     found = next((os.environ[name] for name in RANKS if os.environ.get(name)), "")
-    return found if found.isdigit() else ""
+    return found if found.isdecimal() else ""
 
 
 class FollowedController(RunController):

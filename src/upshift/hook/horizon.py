@@ -31,7 +31,7 @@ class Horizon:
         for word, after in zip(words, [*words[1:], ""], strict=False):
             name, equals, text = word.partition("=")
             text = text if equals else after
-            if name.startswith("--") and text.isdigit():
+            if name.startswith("--") and text.isdecimal():
                 found.values[name[2:].replace("-", "_")] = int(text)
         return found
 

@@ -80,18 +80,18 @@ class Group:
 
 def _number(path: Path) -> float | None:
     text = small_text(path)
-    return float(text) if text.isdigit() else None
+    return float(text) if text.isdecimal() else None
 
 
 def _table(path: Path) -> dict[str, float]:
     pairs = (line.split() for line in small_text(path).splitlines())
-    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def _quota(folder: Path) -> float | None:
     parts = small_text(folder / "cpu.max").split()
     if not parts:
         parts = [small_text(folder / "cpu.cfs_quota_us"), small_text(folder / "cpu.cfs_period_us")]
-    if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]) > 0 and int(parts[0]) > 0:
+    if len(parts) == 2 and parts[0].isdecimal() and parts[1].isdecimal() and int(parts[1]) > 0 and int(parts[0]) > 0:
         return int(parts[0]) / int(parts[1])
     return None

@@ -161,6 +161,6 @@ class Nvml:
 
 
 def _device(library: Any, word: str) -> Any:
-    if word.isdigit():
+    if word.isdecimal():
         return library.nvmlDeviceGetHandleByIndex(int(word))
     return library.nvmlDeviceGetHandleByUUID(word)

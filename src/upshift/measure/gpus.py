@@ -216,7 +216,7 @@ class Nvml:
         for word in self._visible.split(","):
             word = word.strip()
             try:
-                if word.isdigit():
+                if word.isdecimal():
                     found.append(self._library.nvmlDeviceGetHandleByIndex(int(word)))
                 else:
                     found.append(self._library.nvmlDeviceGetHandleByUUID(word))
@@ -282,7 +282,7 @@ class Amd:
         if visible is None:
             return found
         places = [word.strip() for word in visible.split(",")]
-        return [found[int(word)] for word in places if word.isdigit() and int(word) < len(found)]
+        return [found[int(word)] for word in places if word.isdecimal() and int(word) < len(found)]
 
     def name(self, handle: Any) -> str:
         return str(self._library.amdsmi_get_gpu_asic_info(handle)["market_name"])

@@ -138,7 +138,7 @@ class Metric:
 
     def rank(self, name: str) -> int:
         """Of several names that fit, those with the lowest rank are meant: evaluation, plain, training, others."""
-        extra = {word for word in words(name) if not word.isdigit()} - set(words(self.name))
+        extra = {word for word in words(name) if not word.isdecimal()} - set(words(self.name))
         if extra - _EVALUATION - _TRAINING - _FILLING:
             return 3
         return 2 if extra & _TRAINING else 0 if extra & _EVALUATION else 1

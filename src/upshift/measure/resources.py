@@ -223,7 +223,7 @@ def _machine_cpu(root: Path, group: Group, cpus: set[int]) -> float | None:
     ticks = 0
     for line in lines:
         name, *fields = line.split()
-        if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cpus:
+        if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in cpus:
             # user, nice, system, irq, softirq; what guests took is in user already.
             ticks += sum(int(fields[place]) for place in (0, 1, 2, 5, 6))
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -39,9 +39,9 @@ def available(limit: int, host_available: int, root: Path = Path("/")) -> int:
         (base / "memory.current", base / "memory.stat", "inactive_file"),
         (base / "memory/memory.usage_in_bytes", base / "memory/memory.stat", "total_inactive_file"),
     ):
-        if text_of(used).isdigit():
+        if text_of(used).isdecimal():
             cached = next((line.split()[1] for line in text_of(stat).splitlines() if line.startswith(f"{field} ")), "0")
-            held = int(text_of(used)) - (int(cached) if cached.isdigit() else 0)
+            held = int(text_of(used)) - (int(cached) if cached.isdecimal() else 0)
             return max(0, min(host_available, limit - max(0, held)))
     return min(host_available, limit)
 

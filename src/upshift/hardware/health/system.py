@@ -73,7 +73,7 @@ def system(
     if any(root.glob("lib/ld-musl-*")):
         return Check("system", "note", found, "There are no wheels of torch for musl, the C library of this system.",
                      "docker run ... python:3.12-slim    (a system with glibc)")  # fmt: skip
-    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     if kind == "glibc" and len(parts) == 2 and parts < LEAST_GLIBC:
         return Check("system", "note", found, "Wheels of torch need glibc 2.28 or later; pip takes old ones here.",
                      "docker run ... python:3.12-slim    (a later system)")  # fmt: skip
@@ -134,10 +134,10 @@ def openmp(env: Mapping[str, str], usable: int, threads: int | None = None) -> C
     if threads is not None:
         found += f"; torch computes with {threads} thread{'s' if threads != 1 else ''}"
     for name in names[:2]:
-        if given.get(name, "").isdigit() and int(given[name]) > usable:
+        if given.get(name, "").isdecimal() and int(given[name]) > usable:
             return Check("OpenMP", "wrong", found, f"{given[name]} threads share {usable} cores.", f"unset {name}")
     for name in names[:2]:
-        if given.get(name, "").isdigit() and int(given[name]) < usable:
+        if given.get(name, "").isdecimal() and int(given[name]) < usable:
             return Check(
                 "OpenMP", "note", found, f"Only {given[name]} of {usable} cores are used by one training process.",
                 f"unset {name}",
@@ -158,7 +158,7 @@ def numbers(text: str) -> frozenset[int]:
     found: set[int] = set()
     for part in text.replace("\n", ",").split(","):
         low, _, high = part.strip().partition("-")
-        if low.isdigit() and (high or low).isdigit():
+        if low.isdecimal() and (high or low).isdecimal():
             # No machine has more cores; a damaged file must not fill the memory.
             found.update(range(int(low), min(int(high or low), int(low) + 65536) + 1))
     return frozenset(found)
@@ -172,7 +172,7 @@ def numa(root: Path = Path("/"), cpus: Collection[int] | None = None, gpus: Sequ
     """
     nodes = {int(path.parent.name[4:]): numbers(text_of(path))
              for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*/cpulist"))
-             if path.parent.name[4:].isdigit()}  # fmt: skip
+             if path.parent.name[4:].isdecimal()}  # fmt: skip
     why = "Memory of another node is slower to reach."
     if not nodes:
         return Check("NUMA nodes", "unknown", "the system does not say", why)
