@@ -77,7 +77,7 @@ KINDS = {
     "pickled": Kind("pickled.py", 24, LOADER, WORKERS, files=("checkpoint.pt", "model.pt")),
     "resumable": Kind("resumable.py", 48, CACHE, CACHED),
     "timm_style": Kind("timm_style.py", 24, LOADER, WORKERS, arguments=("-c", str(FOLDER / "timm_style.yaml")),
-                       files=("output/*/last.pth.tar",), metric="test Acc@1:max", always=("run", "diagnose")),
+                       files=("output/*/last.pth.tar",), metric="test Acc@1:max", always=("run",)),
     "torchrun_alone": Kind("torchrun.py", 24, LOADER, WORKERS, batches=2.0),
     "lightning": Kind("lightning_module.py", 24, LOADER, WORKERS, batches=2.0, package="lightning"),
     "hf_trainer": Kind("hf_trainer.py", 20, LOADER, WORKERS, batches=2.0, package="transformers"),

@@ -184,6 +184,7 @@ def test_what_is_faster_stays_on_and_the_parameters_are_those_of_plain_python(tm
     assert not list(tmp_path.glob("*.toml"))
 
 
+@pytest.mark.extra
 def test_what_is_faster_and_harms_does_not_stay(tmp_path, write):
     names = ("halved", "dropped", "turned")
     plant(write, *names)

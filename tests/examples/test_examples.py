@@ -77,7 +77,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", often(TINY, "digits.py", "char_gpt.py"))
+@pytest.mark.parametrize("script", often(TINY, "digits.py"))
 def test_script_trains_and_saves(script: str, tiny_data: Path, tmp_path: Path) -> None:
     arguments = TINY[script].split()
     if "get_data" in (EXAMPLES / script).read_text(encoding="utf-8"):

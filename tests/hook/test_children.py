@@ -61,6 +61,7 @@ while True:
 """
 
 
+@pytest.mark.extra
 def test_nothing_of_the_script_goes_on_after_enough_was_seen(start):
     child = start(IN_A_THREAD, most_steps=20)
     message = wait_for(child, "diagnosis")
