@@ -68,6 +68,7 @@ def child(name: str, threads: int) -> None:
     import torch
     from workloads import ALL
 
+    from upshift.hardware.machine import bf16_native
     from upshift.hardware.probe import probe
 
     torch.set_num_threads(threads)
@@ -91,7 +92,8 @@ def child(name: str, threads: int) -> None:
                 # Adagrad counts its steps from the beginning, and a counter must hold a number.
                 state.update({key: torch.tensor(0.0) for key in state if key == "step"})
             found["others"][f"width {scale:g}"] = msgspec.to_builtins(observed(dry, batch))
-        if not training.bf16:
+        # Emulated, it takes many times as long, and the probe cannot tell how many.
+        if not training.bf16 and bf16_native():
             training.bf16 = True
             found["measured"]["bf16"] = timed(training)["step"]
             training.bf16 = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from upshift.api.stored import search_behind
 from upshift.errors import RecordError, UpshiftError, UsageError
 from upshift.records.comparison import Comparison
 from upshift.records.run import Run
@@ -164,7 +165,7 @@ def _seen(folder: Path, known: Rates) -> Seen:
             remedy="It may come from another version of upshift, or have been damaged.",
         )
     metrics = {**series.scalars(folder), **series.events(run)}
-    return Seen(run, ledger.ledger(run, resources.read(folder), known), metrics, str(folder))
+    return Seen(run, ledger.ledger(run, resources.read(folder), known, search_behind(run.plan)), metrics, str(folder))
 
 
 def _check_version(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from upshift.errors import RecordError
@@ -52,3 +53,12 @@ def report_behind(plan_file: Path) -> TuneReport | None:
         if file.exists():
             return codec.read(file, TuneReport)
     return None
+
+
+@cache
+def search_behind(plan_file: str) -> TuneReport | None:
+    """The search that a run's plan came from, where its report is still there and can be read."""
+    try:
+        return report_behind(Path(plan_file)) if plan_file else None
+    except RecordError:
+        return None

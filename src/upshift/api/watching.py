@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from upshift.api.stored import latest_run
+from upshift.api.stored import latest_run, search_behind
 from upshift.errors import RecordError
 from upshift.records import resources
 from upshift.records.ledger import Ledger
@@ -228,7 +228,7 @@ def ledger_of(run: Run, used: Resources | None, rates: Rates | None = None) -> L
     """
     from upshift.measure.ledger import ledger
 
-    return ledger(run, used, _known(rates))
+    return ledger(run, used, _known(rates), search_behind(run.plan))
 
 
 def books(folder: Path, run: Run) -> tuple[Resources | None, Ledger]:
