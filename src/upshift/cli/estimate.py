@@ -50,7 +50,7 @@ def command(
     """Memory, time, cost and energy of TARGET on catalogued hardware.
 
     The training is watched here for some seconds, as `upshift diagnose` does, then predicted. Every figure says how it
-    is known; between kinds of devices (a CPU and a GPU) the time of a step is an order of magnitude.
+    is known; on another device the time of a step is an order of magnitude.
 
     \b
     Examples:
