@@ -16,7 +16,6 @@ step on the host: on a device they say nothing and are left out.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -24,8 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from upshift.measure import dispatch, formulas
 from upshift.measure import flops as counting
-from upshift.measure import formulas
 from upshift.records.stepwork import Moment, OpWork, StepWork
 
 if TYPE_CHECKING:
@@ -151,32 +150,24 @@ class StepObserver:
 
     def start(self) -> bool:
         """Begin to look, on this thread. Returns whether it could."""
-        import torch
-        from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-
-        if self._mode is not None or _get_current_dispatch_mode_stack():
+        if self._mode is not None:
             return False
-        process, observer = os.getpid(), self
 
-        class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-            ) -> Any:
-                kwargs = kwargs or {}
-                if os.getpid() != process or not isinstance(func, torch._ops.OpOverload):
-                    return func(*args, **kwargs)
-                begin = time.perf_counter()
-                out = func(*args, **kwargs)
-                took = time.perf_counter() - begin
-                try:
-                    observer._seen(func, args, kwargs, out, took)
-                except Exception as error:
-                    observer.trouble = f"{func}: {type(error).__name__}: {error}"
-                return out
+        def seen(mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            begin = time.perf_counter()
+            out = func(*args, **kwargs)
+            took = time.perf_counter() - begin
+            try:
+                self._seen(func, args, kwargs, out, took)
+            except Exception as error:
+                self.trouble = f"{func}: {type(error).__name__}: {error}"
+            return out
 
-        self._state, self._shapes = self._read_state()
-        mode: Any = Mode()  # type: ignore[no-untyped-call]
-        mode.__enter__()
+        state = self._read_state()
+        mode = dispatch.enter(seen)
+        if mode is None:
+            return False
+        self._state, self._shapes = state
         self._mode, self._thread = mode, threading.get_ident()
         return True
 
@@ -199,7 +190,7 @@ class StepObserver:
         """Look no longer."""
         mode, self._mode = self._mode, None
         if mode is not None and threading.get_ident() == self._thread:
-            counting._take_off(mode)
+            dispatch.take_off(mode)
         self._live.clear()
         self._refs.clear()
         self.models, self.optimizers = [], []
@@ -280,7 +271,7 @@ class StepObserver:
             key = _key(item)
             if key is not None and key not in self._live and key not in self._state:
                 self._hold(key, item, phase, low, derived if reads else not self._has_samples(item))
-        if not func.is_view and name not in counting._ALLOCATORS and name != "detach":
+        if not func.is_view and name not in counting.ALLOCATORS and name != "detach":
             self._count(func, name, phase, product, reads, args, kwargs, out, results, took)
 
     def _low(self, name: str, phase: str, product: bool, reads: list[Any], inputs: list[_Held | None]) -> bool:
@@ -367,7 +358,7 @@ class StepObserver:
         if not results:  # `_foreach_add_` and the like return nothing: they write into their first arguments
             results = counting.tensors_in(args[:1])
         seen = [(item, counting.touched_bytes(item)) for item in (*reads, *results)]
-        if name in counting._ROW_READERS and reads:
+        if name in counting.ROW_READERS and reads:
             written = sum(size for _, size in seen[len(reads) :])
             seen[0] = (reads[0], min(seen[0][1], written))
         flops = 0.0
@@ -449,7 +440,7 @@ def _moments(tops: dict[str, list[tuple[float, float, float]]]) -> tuple[Moment,
 
 def _key(item: Any) -> int | None:
     """What tells one block of memory from another while it lives; None for what has no plain memory."""
-    if not counting._has_storage(item):
+    if not counting.has_storage(item):
         return None
     try:
         return int(item.untyped_storage()._cdata)

@@ -12,7 +12,6 @@ shows nothing. Both make the count a lower bound. Nothing is counted in another 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import msgspec
 
 from upshift import units
 from upshift.hardware.probe import Peak, Peaks
-from upshift.measure import formulas
+from upshift.measure import dispatch, formulas
 from upshift.records.measurement import Floor
 from upshift.records.quantity import Quantity, unknown
 
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 PHASES = ("forward", "backward", "optimizer")
 
 #: Reading a few rows of a large table touches those rows only: the input counts as much as the output.
-_ROW_READERS = frozenset({"embedding", "index", "index_select", "gather", "select", "take", "_unsafe_index"})
+ROW_READERS = frozenset({"embedding", "index", "index_select", "gather", "select", "take", "_unsafe_index"})
 
-_ALLOCATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")
+ALLOCATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")
 
 
 class StepCount(msgspec.Struct, frozen=True):
@@ -70,7 +69,7 @@ def nothing_counted(note: str) -> StepCount:
 
 def touched_bytes(tensor: torch.Tensor) -> int:
     """Bytes of memory a dense tensor spans; an expanded dimension (stride 0) is in memory once."""
-    if not _has_storage(tensor):
+    if not has_storage(tensor):
         return int(tensor.numel()) * tensor.element_size()
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
@@ -122,7 +121,7 @@ class _Tally:
             self.flops[phase] += cost * sum(int(item.numel()) for item in tensors_in(changed))
         elif formulas.is_heavy(namespace, name):
             self.missing[f"{namespace}::{name}"] = None
-        if func.is_view or name == "detach" or name in _ALLOCATORS:
+        if func.is_view or name == "detach" or name in ALLOCATORS:
             if not func.is_view and name != "detach":
                 self._remember(tensors_in(out), [], phase)
             return
@@ -152,7 +151,7 @@ class _Tally:
                 for tensor in tensors_in(value)
             ]
         written = sum(touched_bytes(item) for item in results)
-        if name in _ROW_READERS and reads:
+        if name in ROW_READERS and reads:
             read = min(touched_bytes(reads[0]), written) + sum(touched_bytes(item) for item in reads[1:])
         elif name in ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"):
             read = sum(touched_bytes(item) for item in reads[1:])
@@ -160,7 +159,7 @@ class _Tally:
             read = sum(touched_bytes(item) for item in reads)
         self.bytes += read + written
         for tensor in reads:
-            rows = written if name in _ROW_READERS else None
+            rows = written if name in ROW_READERS else None
             if phase == "optimizer":
                 _note(self.updated, self.temporary, tensor, rows)
             else:
@@ -169,9 +168,9 @@ class _Tally:
 
     def _remember(self, results: list[Any], inputs: list[Any], phase: str) -> None:
         """Storages made in this step are not inputs of it; those made by an optimizer are not its state."""
-        known = {item.untyped_storage().data_ptr() for item in inputs if _has_storage(item)}
+        known = {item.untyped_storage().data_ptr() for item in inputs if has_storage(item)}
         for item in results:
-            if _has_storage(item) and (pointer := item.untyped_storage().data_ptr()) not in known:
+            if has_storage(item) and (pointer := item.untyped_storage().data_ptr()) not in known:
                 self.produced.add(pointer)
                 if phase == "optimizer":
                     self.temporary.add(pointer)
@@ -189,7 +188,7 @@ def _note(
     table: dict[int, tuple[int, dict[tuple[Any, ...], int]]], own: set[int], tensor: Any, rows: int | None
 ) -> None:
     """Remember a tensor that is not among the storages `own`: by storage, and there by the part touched."""
-    if not _has_storage(tensor):
+    if not has_storage(tensor):
         return
     storage = tensor.untyped_storage()
     pointer = storage.data_ptr()
@@ -214,7 +213,7 @@ def tensors_in(value: Any) -> list[Any]:
     return []
 
 
-def _has_storage(tensor: Any) -> bool:
+def has_storage(tensor: Any) -> bool:
     import torch
 
     return tensor.layout is torch.strided
@@ -265,41 +264,34 @@ class StepCounter:
     def start(self) -> bool:
         """Begin counting on this thread. Returns whether it could."""
         import torch
-        from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-        if self._mode is not None or _get_current_dispatch_mode_stack():
+        if self._mode is not None:
             return False
         tally = _Tally()
-        process = os.getpid()
 
-        class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-            ) -> Any:
-                kwargs = kwargs or {}
-                if os.getpid() != process or not isinstance(func, torch._ops.OpOverload):
-                    return func(*args, **kwargs)
-                if func._overloadpacket not in tally.registry and func.namespace == "aten":
-                    with self:
-                        out = func.decompose(*args, **kwargs)
-                    if out is not NotImplemented:
-                        return out
-                out = func(*args, **kwargs)
-                try:
-                    if func.namespace == "profiler":
-                        tally.region(func, args)
-                        return out
-                    phase = "optimizer" if tally.in_optimizer else "forward"
-                    if torch._C._current_graph_task_id() != -1:
-                        phase = "backward"
-                    tally.add(func, args, kwargs, out, phase)
-                except Exception as error:
-                    tally.trouble = f"{func}: {type(error).__name__}: {error}"
-                    tally.missing[str(func)] = None
-                return out
+        def counted(mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if func._overloadpacket not in tally.registry and func.namespace == "aten":
+                with mode:
+                    out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            out = func(*args, **kwargs)
+            try:
+                if func.namespace == "profiler":
+                    tally.region(func, args)
+                    return out
+                phase = "optimizer" if tally.in_optimizer else "forward"
+                if torch._C._current_graph_task_id() != -1:
+                    phase = "backward"
+                tally.add(func, args, kwargs, out, phase)
+            except Exception as error:
+                tally.trouble = f"{func}: {type(error).__name__}: {error}"
+                tally.missing[str(func)] = None
+            return out
 
-        mode: Any = Mode()  # type: ignore[no-untyped-call]
-        mode.__enter__()
+        mode = dispatch.enter(counted)
+        if mode is None:
+            return False
         self._mode, self._tally = mode, tally
         self._thread = threading.get_ident()
         return True
@@ -312,7 +304,7 @@ class StepCounter:
         if threading.get_ident() != self._thread:
             return nothing_counted("stop() came from another thread than start()")
         self._mode = self._tally = None
-        clean = _take_off(mode)
+        clean = dispatch.take_off(mode)
         if not tally.operations:
             return nothing_counted("no operation was seen in the step")
         total = sum(tally.flops.values())
@@ -340,25 +332,6 @@ class StepCounter:
             operations=tally.operations,
             note="; ".join(notes),
         )
-
-
-def _take_off(mode: Any) -> bool:
-    """Remove `mode` from the stack of dispatch modes; those above it are lifted and put back. Whether it was there."""
-    from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-
-    base: Any = TorchDispatchMode
-    stack = _get_current_dispatch_mode_stack()
-    if not any(item is mode for item in stack):
-        return False
-    above = []
-    while (top := _get_current_dispatch_mode_stack()[-1]) is not mode:
-        # The base class's own methods: what a subclass does on entry and exit must not be done again.
-        base.__exit__(top, None, None, None)
-        above.append(top)
-    base.__exit__(mode, None, None, None)
-    for item in reversed(above):
-        base.__enter__(item)
-    return True
 
 
 def _quantity(peak: Peak | None, unit: str, busy: bool) -> Quantity:
