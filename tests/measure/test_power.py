@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +16,8 @@ import pytest
 from upshift.errors import EnvironmentError_, MissingExtraError, UsageError
 from upshift.hardware.watts import Watts, parse, stated
 from upshift.measure.counters import Rapl
-from upshift.measure.cputime import TreeTime
 from upshift.measure.power import Estimate, meter
+from upshift.measure.tree import Tree
 
 WATTS = Watts(1.0, 5.0, "made up")
 NOWHERE = Path("/nonexistent")
@@ -210,56 +212,56 @@ def burning(body: str) -> subprocess.Popen[str]:
 
 def test_cpu_time_of_a_child_and_of_children_it_has_waited_for():
     with burning("burn(0.4)\nif os.fork() == 0:\n    burn(0.3)\n    os._exit(0)\nos.wait()") as child:
-        tree = TreeTime(child.pid)
+        tree = Tree(child.pid)
         assert child.stdout is not None and child.stdin is not None
         said = float(child.stdout.readline())
-        alive = tree.seconds()
+        alive = tree.spent().cpu
         assert said > 0.6 and alive == pytest.approx(said, abs=0.05)
         child.stdin.close()
         deadline = time.monotonic() + 5
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert tree.seconds() >= alive, "what is gone was spent all the same"
+        assert tree.spent().cpu >= alive, "what is gone was spent all the same"
 
 
 def test_a_process_whose_parent_ended_is_followed():
     orphan = "    if os.fork() == 0:\n        time.sleep(0.5); burn(0.3); time.sleep(9); os._exit(0)\n"
     with burning(f"if os.fork() == 0:\n{orphan}    time.sleep(0.4); os._exit(0)\nos.wait()") as child:
-        tree = TreeTime(child.pid)
+        tree = Tree(child.pid)
         time.sleep(0.2)
-        tree.seconds()
+        tree.spent()
         assert child.stdout is not None and child.stdin is not None
         own = float(child.stdout.readline())
         deadline = time.monotonic() + 5
-        while tree.seconds() < own + 0.25 and time.monotonic() < deadline:
+        while tree.spent().cpu < own + 0.25 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert tree.seconds() == pytest.approx(own + 0.3, abs=0.1)
-        for member in tree.members():
-            if member.pid != child.pid:
-                member.kill()
+        assert tree.spent().cpu == pytest.approx(own + 0.3, abs=0.1)
+        for pid in tree.pids:
+            if pid != child.pid:
+                os.kill(pid, signal.SIGKILL)
         child.stdin.close()
 
 
 def test_a_family_that_ends_between_two_looks_is_counted_once():
     inner = "    if os.fork() == 0:\n        burn(0.4); os._exit(0)\n    os.wait(); os._exit(0)\n"
     with burning(f"if os.fork() == 0:\n{inner}os.wait()") as child:
-        tree = TreeTime(child.pid)
+        tree = Tree(child.pid)
         deadline = time.monotonic() + 5
-        while len(tree.members()) < 3 and time.monotonic() < deadline:
+        while len(tree.pids) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-            tree.seconds()
+            tree.spent()
         time.sleep(0.2)
-        assert tree.seconds() > 0.0
+        assert tree.spent().cpu > 0.0
         assert child.stdout is not None and child.stdin is not None
         said = float(child.stdout.readline())
-        assert tree.seconds() == pytest.approx(said, abs=0.05)
+        assert tree.spent().cpu == pytest.approx(said, abs=0.05)
         child.stdin.close()
 
 
 def test_a_process_that_is_not_there_took_no_time():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    assert TreeTime(gone.pid).seconds() == 0.0
+    assert Tree(gone.pid).spent().cpu == 0.0
 
 
 def test_the_estimate_follows_cpu_time_and_wall_time():

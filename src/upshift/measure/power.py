@@ -18,7 +18,7 @@ from upshift.errors import EnvironmentError_
 from upshift.hardware.machine import usable_cores
 from upshift.hardware.watts import Watts
 from upshift.measure.counters import OTHER_WAY, POWERCAP, Counter, Nvml, Rapl, Read
-from upshift.measure.cputime import TreeTime
+from upshift.measure.tree import Tree
 from upshift.records.quantity import Basis
 
 
@@ -42,9 +42,9 @@ class Estimate:
 
     def begin(self, pid: int) -> Read:
         """Count from now on, for the tree of `pid`."""
-        tree = TreeTime(pid)
-        began, before = time.monotonic(), tree.seconds()
-        return lambda: self.joules(time.monotonic() - began, tree.seconds() - before)
+        tree = Tree(pid)
+        began, before = time.monotonic(), tree.spent().cpu
+        return lambda: self.joules(time.monotonic() - began, tree.spent().cpu - before)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A process tree in one pass: CPU time, disk I/O, memory, processes and threads.
 
 Linux adds the CPU time and the I/O of an ended process to the parent that waited for it (proc(5), proc_pid_io(5)), so
-the sum over the living, each with what it has waited for, is that of the tree; what is lost is told in `cputime`.
+the sum over the living, each with what it has waited for, is that of the tree. Two kinds of process fall out of that
+sum: one whose parent ended first, which is followed on its own from then on, and one that ended unwaited for (its
+parent ignores SIGCHLD), whose sums are lost. Not seen at all: one that leaves the family and ends between two looks.
 Only the tree itself is read, through `/proc/PID/task/TID/children`: a machine may run thousands of other processes.
 Where that file or /proc is missing, psutil is asked.
 
@@ -85,8 +87,24 @@ class Tree:
         if root_process is not None:
             self._members[pid] = root_process
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Those of the tree that were there at the last look."""
+        return tuple(self._members)
+
     def look(self) -> Look:
-        """The tree as it is now. Sums never fall."""
+        """The tree as it is now."""
+        sums, changed = self._spent()
+        living = [member for member in self._members.values() if not member.ended]
+        threads = sum(member.threads for member in living)
+        return Look(sums, self._memory(changed), len(living), threads, self.pids)
+
+    def spent(self) -> Sums:
+        """CPU time and I/O so far, without a look at the memory. Never falls."""
+        return self._spent()[0]
+
+    def _spent(self) -> tuple[Sums, bool]:
+        """The sums, and whether processes have come or gone."""
         family = set(self._members)
         self._find()
         changed = set(self._members) != family
@@ -115,13 +133,7 @@ class Tree:
             if known:
                 self._most[place] = max(self._most[place] or 0.0, self._kept[place] + sum(known))
         cpu, read, written = self._most
-        return Look(
-            Sums(cpu or 0.0, read, written),
-            self._memory(changed),
-            sum(not member.ended for member in living),
-            sum(member.threads for member in living if not member.ended),
-            tuple(self._members),
-        )
+        return Sums(cpu or 0.0, read, written), changed
 
     # -- processes -----------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def start(folder: Path, pid: int, *, period: float = 1.0, sinks: Sequence[str] =
     if not hasattr(os, "fork"):
         return Started(None, "resources are not recorded: this system has no fork")
     try:
-        spent = Tree(pid).look().sums
+        spent = Tree(pid).spent()
         spec = Spec(
             pid=pid, born=born(pid), folder=str(folder.absolute()), began=time.monotonic(), period=period,
             sinks=tuple(sinks), cpu=spent.cpu, read=spent.read, written=spent.written,
