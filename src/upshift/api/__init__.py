@@ -16,6 +16,7 @@ from upshift.api.stored import latest_run, load, report_behind
 from upshift.api.target import Say, Target
 from upshift.api.tuning import Tuned, TuneOptions, tune
 from upshift.api.verifying import VerifyOptions, verify
+from upshift.engine.settings import Settings
 
 __all__ = [
     "CompareOptions",
@@ -29,6 +30,7 @@ __all__ = [
     "Resumed",
     "RunOptions",
     "Say",
+    "Settings",
     "Target",
     "TuneOptions",
     "Tuned",

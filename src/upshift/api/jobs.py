@@ -13,6 +13,7 @@ import msgspec
 from upshift.api.running import RunOptions, choose_plan, follow
 from upshift.api.target import ENTRY, Say, Target, bare_settings
 from upshift.api.tracking import check_trackers
+from upshift.engine.settings import Settings, extended
 from upshift.errors import PlanError, UsageError
 from upshift.hardware import machine
 from upshift.hardware.device import device_name, kinds_here
@@ -30,24 +31,13 @@ if TYPE_CHECKING:
 SPEC = "UPSHIFT_JOB"
 
 
-class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class JobSpec(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a process is asked to do with a job. Travels as JSON; nothing in it can import or execute anything."""
 
     out: str = ""
-    resume: str = "auto"
     settings: dict[str, str] = {}
     plan: dict[str, dict[str, Setting]] = {}
     plan_file: str = ""
-    device: str = ""
-    micro_batch: int | None = None
-    loader: dict[str, int] = {}
-    save_seconds: float | None = None
-    save_steps: int | None = None
-    interruption_seconds: float = 86_400.0
-    grace: float = 30.0
-    notice: str = ""
-    parallel: str = "ddp"
-    stop_at: int | None = None
     quiet: bool = False
     environment: dict[str, str] = {}
     track: list[str] | None = None
@@ -56,27 +46,19 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class JobOptions:
-    """How `upshift run` trains a job; see `engine.settings.Execution`."""
+    """How `upshift run` trains a job."""
 
+    execution: Settings = field(default_factory=Settings)
     out: Path | None = None
     runs: Path = Path(".upshift/runs")
-    resume: str = "auto"
     settings: dict[str, str] = field(default_factory=dict)
     plan: Path | None = None
     no_plan: bool = False
     allow_stale: bool = False
     require: str = ""
-    device: str = ""
-    micro_batch: int | str | None = None
-    """`auto`: searched (`fit` bytes at most)."""
+    search_micro_batch: bool = False
+    """Find the micro-batch by trying sizes (`fit` bytes at most)."""
     fit: int | None = None
-    workers: int | None = None
-    save_seconds: float | None = None
-    save_steps: int | None = None
-    interruption_seconds: float = 86_400.0
-    grace: float = 30.0
-    notice: str = ""
-    parallel: str = "ddp"
     processes: int = 1
     track: tuple[str, ...] = ()
     quiet: bool = False
@@ -100,13 +82,10 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
     env = environment(chosen.techniques)
     folder = (options.out or options.runs / new_id()).absolute()
     described = {**machine.describe(), "device": device_name(kinds_here()[0])}
-    spec = JobSpec(
-        out=str(folder), resume=options.resume, settings=settings,
-        plan=chosen.techniques, plan_file=chosen.file, device=options.device, micro_batch=micro_batch,
-        loader={"num_workers": options.workers} if options.workers is not None else {},
-        save_seconds=options.save_seconds, save_steps=options.save_steps,
-        interruption_seconds=options.interruption_seconds, grace=options.grace, notice=options.notice,
-        parallel=options.parallel, quiet=options.quiet, environment=described, track=track,
+    spec = extended(
+        JobSpec, msgspec.structs.replace(options.execution, micro_batch=micro_batch), out=str(folder),
+        settings=settings, plan=chosen.techniques, plan_file=chosen.file, quiet=options.quiet, environment=described,
+        track=track,
     )  # fmt: skip
     env[SPEC] = msgspec.json.encode(spec).decode()
     command = [*launcher, "-m", ENTRY, reference] if launcher else [sys.executable, "-m", ENTRY, reference]
@@ -145,8 +124,8 @@ def _launcher(target: Target, options: JobOptions) -> list[str]:
 def _micro_batch(target: Target, settings: dict[str, str], options: JobOptions, chosen: choosing.Chosen,
                  launcher: list[str], say: Say) -> int | None:  # fmt: skip
     """The micro-batch of this run: as given, or searched."""
-    if not isinstance(options.micro_batch, str):
-        return options.micro_batch
+    if not options.search_micro_batch:
+        return options.execution.micro_batch
     if launcher and options.processes == 1:
         raise UsageError(
             "--micro-batch auto has to know how many processes there are.", remedy="Use --nproc N in place of torchrun."
@@ -158,8 +137,9 @@ def _micro_batch(target: Target, settings: dict[str, str], options: JobOptions, 
     share = -(-job.global_batch // options.processes)
     limit = options.fit // options.processes if options.fit is not None else None
     found = find_micro_batch(
-        target.job, share, limit=limit, device=options.device, settings=settings, plan=chosen.techniques, say=say
-    )
+        target.job, share, limit=limit, device=options.execution.device, settings=settings, plan=chosen.techniques,
+        say=say,
+    )  # fmt: skip
     say(str(found))
     if found.warning:
         say(found.warning)

@@ -59,14 +59,11 @@ def _spec() -> JobSpec:
 
 
 def _execution(spec: JobSpec, reference: str, bar: Bar) -> Any:
-    from upshift.engine.settings import Execution
+    from upshift.engine.settings import Execution, extended
 
-    return Execution(
-        out=Path(spec.out) if spec.out else None, resume=spec.resume, plan=spec.plan, plan_file=spec.plan_file,
-        reference=reference, device=spec.device, micro_batch=spec.micro_batch, loader=dict(spec.loader),
-        save_seconds=spec.save_seconds, save_steps=spec.save_steps, interruption_seconds=spec.interruption_seconds,
-        grace=spec.grace, notice=spec.notice, parallel=spec.parallel, stop_at=spec.stop_at, process_ends=True,
-        environment=dict(spec.environment),
+    return extended(
+        Execution, spec, out=Path(spec.out) if spec.out else None, plan=spec.plan, plan_file=spec.plan_file,
+        reference=reference, process_ends=True, environment=dict(spec.environment),
         owned=lambda out: owned(spec, out, bar.say), say=bar.say, metrics=bar.metrics,
         progress=bar.show if bar.live else None,
     )  # fmt: skip

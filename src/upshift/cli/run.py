@@ -109,13 +109,15 @@ def command(
         if tune is not None:
             raise UsageError("--tune works on scripts.", remedy=f"Make a plan first: upshift tune {target.job}")
         steps, seconds = _save_every(save_every)
+        execution = api.Settings(
+            resume=resume, device=device, micro_batch=_micro_batch(micro_batch, fit),
+            loader={"num_workers": workers} if workers is not None else {}, save_seconds=seconds, save_steps=steps,
+            interruption_seconds=interruptions, grace=grace, notice=notice, parallel=parallel,
+        )  # fmt: skip
         job = api.JobOptions(
-            out=out, runs=runs, resume=resume, settings=api.parse_settings(tuple(f"--set={item}" for item in settings)),
-            plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "", device=device,
-            micro_batch=_micro_batch(micro_batch, fit), fit=fit, workers=workers,
-            save_seconds=seconds, save_steps=steps,
-            interruption_seconds=interruptions, grace=grace, notice=notice, parallel=parallel, processes=nproc,
-            track=track, quiet=quiet,
+            execution, out=out, runs=runs, settings=api.parse_settings(tuple(f"--set={item}" for item in settings)),
+            plan=plan_file, no_plan=no_plan, allow_stale=allow_stale, require=require or "",
+            search_micro_batch=micro_batch == "auto", fit=fit, processes=nproc, track=track, quiet=quiet,
         )  # fmt: skip
         api.run_job(target, job, say)
     if not module and not Path(target.name).exists() and not target.starts_others:
@@ -140,12 +142,12 @@ def _save_every(text: str | None) -> tuple[int | None, float | None]:
     return None, show.Duration().convert(text, None, None)
 
 
-def _micro_batch(text: str | None, fit: int | None) -> int | str | None:
-    """A number of samples, or `auto`."""
+def _micro_batch(text: str | None, fit: int | None) -> int | None:
+    """A number of samples; None for none and for `auto`."""
     if fit is not None and text != "auto":
         raise UsageError("--fit is the limit of a search.", remedy="--micro-batch auto --fit 8GiB")
     if text is None or text == "auto":
-        return text
+        return None
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--micro-batch {text} is no number of samples.", remedy="--micro-batch 64, or auto.")
     return int(text)
