@@ -311,7 +311,7 @@ def test_isolation_behaves_like_the_file_system(tmp_path: Path, rung: str) -> No
 
 
 def in_child(code: str, *arguments: object, cwd: Path | None = None) -> str:
-    preamble = "import sys, os, pathlib\nfrom upshift.hook.isolate import IsolationError, enter, landlock, overlay\n"
+    preamble = "import sys, os, pathlib\nfrom upshift.hook.isolate import IsolationError, enter, kernel, landlock\n"
     done = subprocess.run(
         [sys.executable, "-c", preamble + code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": search_path()}, cwd=cwd, capture_output=True, text=True, timeout=60,
@@ -323,7 +323,7 @@ def in_child(code: str, *arguments: object, cwd: Path | None = None) -> str:
 
 def test_a_forced_rung_that_does_not_work_raises(tmp_path: Path) -> None:
     code = """
-overlay._namespaces = lambda: overlay._call("unshare", -1)
+kernel.namespaces = lambda: kernel.call("unshare", -1)
 landlock._SYS_CREATE_RULESET = 9999
 for rung in ("overlay", "landlock"):
     try:
@@ -364,12 +364,12 @@ def test_landlock_is_next_where_mounting_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_written_is_held_in_memory_where_scratch_cannot_hold_it(tmp_path: Path) -> None:
     code = """
-original = overlay._mount_overlay
+original = kernel.mount_overlay
 def refuse(lower, upper, *rest):
     if upper.startswith(sys.argv[1] + "/upper"):
         raise OSError(22, "not supported as an upper layer")
     original(lower, upper, *rest)
-overlay._mount_overlay = refuse
+kernel.mount_overlay = refuse
 print(enter(pathlib.Path(sys.argv[1]), rung="overlay").detail)
 pathlib.Path("x.txt").write_text("x")
 """
@@ -424,7 +424,7 @@ def test_mount_table_with_hidden_and_stacked_mounts() -> None:
 25 20 8:3 / /mnt/a/b rw - ext4 /dev/c rw
 26 20 8:4 / /mnt/a rw - vfat /dev/d ro
 """
-    mounts = isolate.overlay._Mounts(table)
+    mounts = isolate.kernel.Mounts(table)
     assert mounts.under("/") == ["/dev", "/home/with space", "/mnt/a"]
     assert mounts.under("/dev") == ["/dev/shm"]
     assert mounts.holding("/mnt/a/b/c").kind == "vfat" and "ro" in mounts.holding("/mnt/a").options
