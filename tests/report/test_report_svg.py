@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from sample_records import HOSTILE, curves, floor, pairing
 
 from upshift.records import Pairing, unknown
+from upshift.report import curves as charts
 from upshift.report import svg
+from upshift.report.drawing import ratio_ticks
 
 WIDTHS = (350.0, 910.0)
 
@@ -84,22 +86,22 @@ def test_losses_break_where_they_are_not_finite() -> None:
     stock, planned = (list(curve[:60]) for curve in curves())
     planned[30] = math.nan
     planned[31] = math.inf
-    root = parse(svg.losses(stock, planned, 910, "x"))
+    root = parse(charts.losses(stock, planned, 910, "x"))
     raw = classed(root, "path", "raw")
     assert raw[0].get("d", "").count("M") == 1 and raw[1].get("d", "").count("M") == 2
     assert len(classed(root, "line", "bad")) == 2
     desc = root.find("desc")
     assert desc is not None and "2 values were not finite" in (desc.text or "")
-    assert svg.losses([1.0], [1.0], 910, "x") is None
-    assert svg.losses([math.nan] * 5, [math.nan] * 5, 910, "x") is None
+    assert charts.losses([1.0], [1.0], 910, "x") is None
+    assert charts.losses([math.nan] * 5, [math.nan] * 5, 910, "x") is None
 
 
 def test_many_points_are_thinned_but_spikes_stay() -> None:
     values = [1.0] * 50_000
     values[31_234] = 9.0
-    kept = svg._thin(values, 500)
+    kept = charts.thin(values, 500)
     assert len(kept) <= 520 and 31_234 in kept
-    assert len(str(svg.losses(values, values, 910, "x"))) < 60_000
+    assert len(str(charts.losses(values, values, 910, "x"))) < 60_000
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -130,8 +132,8 @@ def test_forest_survives_any_figures(figures: list[tuple[float, float, float]], 
 @given(st.lists(st.floats(), max_size=30), st.lists(st.floats(), max_size=30), st.sampled_from(WIDTHS))
 def test_losses_survive_any_figures(stock: list[float], planned: list[float], width: float) -> None:
     for drawing in (
-        svg.losses(stock, planned, width, "x"),
-        svg.series(list(enumerate(stock)), width, "x", title="t", from_zero=True),
+        charts.losses(stock, planned, width, "x"),
+        charts.series(list(enumerate(stock)), width, "x", title="t", from_zero=True),
     ):
         if drawing is not None:
             parse(drawing)
@@ -140,6 +142,6 @@ def test_losses_survive_any_figures(stock: list[float], planned: list[float], wi
 
 @given(st.floats(1e-3, 1e3), st.floats(1.02, 500))
 def test_ratio_ticks_lie_inside_and_are_few(low: float, factor: float) -> None:
-    ticks = svg.ratio_ticks(low, low * factor, 400)
+    ticks = ratio_ticks(low, low * factor, 400)
     assert len(ticks) <= 10
     assert all(low * 0.98 <= tick <= low * factor * 1.02 for tick in ticks)

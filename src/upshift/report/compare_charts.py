@@ -13,7 +13,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from upshift.report import words
-from upshift.report.svg import Axis, Drawing, drawable, fit, nice_ticks, text_width
+from upshift.report.drawing import Axis, Drawing, drawable, fit, nice_ticks, text_width
 
 #: Marks that differ; later approaches take them again.
 MARKS = 8

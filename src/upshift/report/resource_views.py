@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from upshift.records.ledger import Ledger
 from upshift.records.resources import Resources, Sample
-from upshift.report import ledger_words, svg, words
+from upshift.report import ledger_words, words
+from upshift.report.drawing import Axis, Drawing, drawable, nice_ticks
 from upshift.report.views import Cell, Column, Figure, _figure
 
 #: Points of a curve; of more, the mean of each bucket is drawn and its extremes as a band.
@@ -205,7 +206,7 @@ def _chart(
     most: float | None,
     marks: Sequence[float],
 ) -> Figure | None:
-    shown = [item for item in points if svg.drawable(item.at) and (item.mean is None or svg.drawable(item.mean))]
+    shown = [item for item in points if drawable(item.at) and (item.mean is None or drawable(item.mean))]
     if sum(item.mean is not None for item in shown) < 2:
         return None
     drawn = thinned(shown)
@@ -236,7 +237,7 @@ def over_time(
     """
     highs = [high for item in points if (high := item.mean if item.high is None else item.high) is not None]
     top = max([*highs, most or 0.0])
-    near = words.finite(limit) and svg.drawable(limit) and 0 < limit <= NEAR * top
+    near = words.finite(limit) and drawable(limit) and 0 < limit <= NEAR * top
     if near and limit is not None:
         top = max(top, limit)
     if top <= 0:
@@ -245,16 +246,16 @@ def over_time(
     left, right, above, below = (64.0 if narrow else 76.0), 8.0, 12.0, 42.0
     height = 170.0 if narrow else 190.0
     begin, end = min(points[0].at, 0.0), max(item.at for item in points)
-    xs = svg.Axis(begin, end, left, width - right)
-    ys = svg.Axis(0.0, top * 1.04, height - below, above)
+    xs = Axis(begin, end, left, width - right)
+    ys = Axis(0.0, top * 1.04, height - below, above)
     means = [item.mean for item in points if item.mean is not None]
     desc = f"Over {words.duration(end)}: from {form(means[0])} to {form(means[-1])}, at most {form(max(highs))}."
     if near and limit is not None:
         desc += f" The limit is {form(limit)}."
-    drawing = svg.Drawing(width, height, title, desc, ident)
+    drawing = Drawing(width, height, title, desc, ident)
     # Bytes are told in powers of 1024, so their round figures are round in those.
     scale = next((2.0**power for power in (40, 30, 20, 10) if top >= 2.0**power), 1.0) if form is _bytes else 1.0
-    for tick in (scale * place for place in svg.nice_ticks(0.0, top / scale, 4)):
+    for tick in (scale * place for place in nice_ticks(0.0, top / scale, 4)):
         drawing.line(left, ys(tick), width - right, ys(tick), "grid")
         drawing.text(left - 8, ys(tick) + 4, form(tick), "small", "end")
     piece: list[Point] = []
@@ -273,7 +274,7 @@ def over_time(
         if begin <= mark <= end:
             drawing.line(xs(mark), above, xs(mark), above + 10, "bad")
     each, name = next((seconds, name) for least, seconds, name in _TIMES if end - begin >= least)
-    for tick in svg.nice_ticks(begin / each, end / each, 4 if narrow else 8):
+    for tick in nice_ticks(begin / each, end / each, 4 if narrow else 8):
         drawing.text(xs(tick * each), height - 23, f"{tick:,.4g}", "small", "middle")
     drawing.text((left + width - right) / 2, height - 5, f"{name} since the run began", "small", "middle")
     return drawing.markup()

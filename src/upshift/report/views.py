@@ -12,7 +12,8 @@ from upshift.records.measurement import PHASE_TITLES, LineCost, Measurement
 from upshift.records.plan import Plan
 from upshift.records.run import Run
 from upshift.records.trial import Trial, TuneReport
-from upshift.report import digest, sentences, svg, words
+from upshift.report import curves, digest, sentences, svg, words
+from upshift.report.drawing import drawable
 
 #: Widths in px a chart is drawn for: beside text on a desk, and on a phone.
 WIDE, NARROW = 910.0, 350.0
@@ -192,9 +193,9 @@ def proof_view(report: TuneReport) -> dict[str, Any]:
     if drawn is not None:
         steps = min(len(drawn.stock_losses), len(drawn.planned_losses))
         figure = _figure(
-            lambda width, ident: svg.losses(drawn.stock_losses, drawn.planned_losses, width, ident),
+            lambda width, ident: curves.losses(drawn.stock_losses, drawn.planned_losses, width, ident),
             "losses",
-            f"Same seeds, same data, step by step. Bold: moving mean over {svg.smoothing(steps)} steps; pale: raw. "
+            f"Same seeds, same data, step by step. Bold: moving mean over {curves.smoothing(steps)} steps; pale: raw. "
             "Below: the smoothed difference; its band is one standard deviation of the differences, which is not a "
             "confidence interval.",
         )
@@ -387,7 +388,7 @@ def run_view(run: Run, ident: str) -> dict[str, Any]:
     seen = digest.losses(run)
     points = [(float(step), loss) for step, loss in seen]
     times = digest.step_times(run)
-    bad = sum(not svg.drawable(loss) for _, loss in seen)
+    bad = sum(not drawable(loss) for _, loss in seen)
     lead = f"Mean over each window of the log; {len(seen):,} of {len(run.windows):,} windows read a loss."
     return {
         "id": run.id,
@@ -395,10 +396,10 @@ def run_view(run: Run, ident: str) -> dict[str, Any]:
         "rows": sentences.run_rows(run),
         "loss_lead": f"{lead} {bad:,} were not finite." if bad else lead,
         "loss": _figure(
-            lambda width, i: svg.series(points, width, i, title="Training loss over the run"), f"{ident}-loss"
+            lambda width, i: curves.series(points, width, i, title="Training loss over the run"), f"{ident}-loss"
         ),
         "speed": _figure(
-            lambda width, i: svg.series(
+            lambda width, i: curves.series(
                 speed, width, i, title="Seconds per step over the run", form=words.duration, from_zero=True
             ),
             f"{ident}-speed",
