@@ -108,6 +108,41 @@ def test_pinned_clocks_and_a_power_limit_are_notes():
         assert found is not None and found.state == "note" and found.mend
 
 
+POWER = """<nvidia_smi_log><gpu><product_name>H200</product_name><max_clocks><sm_clock>1980 MHz</sm_clock></max_clocks>
+<{group}><{now}>{limit}</{now}><default_power_limit>700.00 W</default_power_limit>
+<min_power_limit>200.00 W</min_power_limit><max_power_limit>700.00 W</max_power_limit></{group}>
+<module_power_readings><current_power_limit>1000.00 W</current_power_limit></module_power_readings>
+</gpu></nvidia_smi_log>"""
+
+
+@pytest.mark.parametrize(
+    ("group", "now"),
+    [("gpu_power_readings", "current_power_limit"), ("power_readings", "enforced_power_limit"),
+     ("power_readings", "power_limit")],
+)  # fmt: skip
+@pytest.mark.parametrize(("limit", "state"), [("700.00 W", "ok"), ("695.00 W", "ok"), ("450.00 W", "note")])
+def test_a_power_limit_below_its_default_is_a_note_with_the_way_back(group, now, limit, state):
+    smi = gpus.parse(POWER.format(group=group, now=now, limit=limit))
+    found = accelerator.power_limit(Seen(devices=True, smi=smi))
+    assert found is not None and found.state == state
+    shown = f"GPU 0: {float(limit[:-2]):g} W of 700 W by default, 200 W to 700 W can be set; clock up to 1980 MHz"
+    assert found.found == shown
+    assert ("nvidia-smi -i 0 -pl 700" in found.mend) is (state == "note")
+
+
+@pytest.mark.parametrize("limit", ["N/A", "", "[Unknown Error]", "W", "1e9 W", "-5 W"])
+def test_a_power_limit_that_is_not_told_is_no_check(limit):
+    smi = gpus.parse(POWER.format(group="gpu_power_readings", now="current_power_limit", limit=limit))
+    assert accelerator.power_limit(Seen(devices=True, smi=smi)) is None
+    assert accelerator.power_limit(Seen()) is None
+
+
+def test_a_limit_above_the_default_as_laptops_have_it_is_well():
+    smi = Smi(gpus=(Gpu(limit=95.0, limit_default=55.0),))
+    found = accelerator.power_limit(Seen(smi=smi))
+    assert found is not None and found.state == "ok" and found.found == "GPU 0: 95 W of 55 W by default"
+
+
 def test_fields_a_driver_does_not_know_are_left_out():
     old = gpus.parse("<nvidia_smi_log><gpu><product_name>Tesla K80</product_name>"
                      "<persistence_mode>N/A</persistence_mode><fb_memory_usage><used>N/A</used></fb_memory_usage>"

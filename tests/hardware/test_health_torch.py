@@ -337,8 +337,9 @@ def test_what_was_built_cannot_be_loaded(tmp_path):
     assert rubbish.state == "wrong", "nothing was written"
 
 
-def test_options_in_cxx_are_not_its_name():
-    assert compiler.chosen({"CXX": "ccache g++"}) == ["ccache", "g++"]
+def test_all_of_cxx_is_the_name_of_one_program():
+    several = compiler.present({"PATH": os.environ["PATH"], "CXX": "env g++"})
+    assert several.state == "note" and "one program" in several.found and several.mend == "unset CXX"
 
 
 def test_nothing_of_this_imports_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -100,14 +101,19 @@ def test_compiler_is_looked_for_where_it_would_be_started(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not machine.has_compiler()
-    for name in ("clang++", "mine"):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("clang++", "c++", "mine"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    assert machine.has_compiler()
-    monkeypatch.setenv("CXX", "mine -O1")
-    assert machine.has_compiler()
-    monkeypatch.setenv("CXX", "not-there")
     assert not machine.has_compiler()
+    for wanted, there in (("mine", True), ("mine -O1", False), ("not-there", False), ("", False)):
+        monkeypatch.setenv("CXX", wanted)
+        assert machine.has_compiler() is there and machine.has_compiler(dict(os.environ)) is there
+    monkeypatch.delenv("CXX")
+    (tmp_path / "mine").rename(tmp_path / "g++")
+    assert machine.has_compiler() and machine.compiler_name({}) == "g++"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert machine.has_compiler() and machine.compiler_name({}) == "clang++"
 
 
 def test_describe_is_words_without_torch() -> None:

@@ -26,6 +26,13 @@ TABLE = tomllib.loads(files("upshift.hardware").joinpath("carbon.toml").read_tex
 # -- price ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["0.9/h spot", "USD 0.9 spot", "$0.9/gpu/h SPOT", "0.9 spot"])
+def test_a_machine_that_may_be_taken_away_is_said_to_be_one(text):
+    found = parse_price(text)
+    assert (found.per_hour, found.currency, found.spot) == (0.9, "USD", True) and "spot" in found.what
+    assert not parse_price("0.9/h").spot and "spot" not in parse_price("0.9/h").what
+
+
 @pytest.mark.parametrize(
     ("text", "amount", "currency", "per"),
     [

@@ -10,6 +10,8 @@ import math
 import os
 import platform
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -119,12 +121,20 @@ def bf16_native(root: Path = _ROOT) -> bool | None:
     return bool(features & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 
-def has_compiler() -> bool:
-    """Whether a C++ compiler can be started, as inductor needs on CPU: `$CXX`, `c++`, `g++` or `clang++`."""
-    wanted = os.environ.get("CXX", "").split()
-    # A CXX that is set and cannot be started is what the build would try first, and fail with.
-    candidates = wanted[:1] or ["c++", "g++", "clang++"]
-    return any(shutil.which(name) for name in candidates)
+def compiler_name(env: Mapping[str, str] | None = None) -> str:
+    """The C++ compiler that inductor starts for the CPU: `$CXX` where it is set, else g++ (clang++ on macOS).
+
+    All of CXX is the name of one program there (`torch/_inductor/config.py`, `cpp.cxx`): one with arguments, such as
+    `ccache g++`, is not found, nor is an empty one. No other compiler is tried.
+    """
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return (os.environ if env is None else env).get("CXX", default)
+
+
+def has_compiler(env: Mapping[str, str] | None = None) -> bool:
+    """Whether the compiler that inductor starts is there."""
+    name = compiler_name(env)
+    return bool(name) and shutil.which(name, path=(os.environ if env is None else env).get("PATH")) is not None
 
 
 def cpu_model(root: Path = _ROOT) -> str:

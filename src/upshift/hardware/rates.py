@@ -44,27 +44,30 @@ _SYMBOLS = {"$": "USD", "€": "EUR", "£": "GBP", "₹": "INR", "₩": "KRW"}
 _PRICE = re.compile(
     r"(?P<before>[A-Za-z]{3}|[$€£₹₩])?\s*(?P<amount>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
     r"(?P<after>[A-Za-z]{3}|[$€£₹₩])?\s*(?P<device>/\s*(?:device|gpu|accelerator))?\s*"
-    r"(?P<hour>/\s*(?:h|hr|hour)|(?:an|per)\s+hour)?",
+    r"(?P<hour>/\s*(?:h|hr|hour)|(?:an|per)\s+hour)?\s*(?P<spot>spot)?",
     re.IGNORECASE | re.ASCII,
 )
 
-_PRICE_REMEDY = "Write an amount an hour: 2.5, 2.5/h, EUR 2.5/h or $2.5/gpu/h."
+_PRICE_REMEDY = "Write an amount an hour: 2.5, 2.5/h, EUR 2.5/h, $2.5/gpu/h, or 0.9/h spot."
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Money an hour, for the whole machine or for each device. `given`: said by a person, not from a catalogue."""
+    """Money an hour, for the whole machine or for each device. `given`: said by a person, not from a catalogue. `spot`:
+    of a machine that may be taken away."""
 
     per_hour: float
     currency: str = "USD"
     per: Literal["machine", "device"] = "machine"
     source: str = ""
     given: bool = True
+    spot: bool = False
 
     @property
     def what(self) -> str:
         """`EUR 2.5 an hour and device, as given by --price`."""
         device = " and device" if self.per == "device" else ""
-        return f"{self.currency} {self.per_hour:g} an hour{device}{', ' + self.source if self.source else ''}"
+        spot = ", spot" if self.spot else ""
+        return f"{self.currency} {self.per_hour:g} an hour{device}{spot}{', ' + self.source if self.source else ''}"
 
 
 class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +86,7 @@ class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def parse_price(text: str, *, currency: str = "USD", where: str = "--price") -> Price:
-    """`2.5`, `2.5/h`, `EUR 2.5/h`, `$2.5/gpu/h`.
+    """`2.5`, `2.5/h`, `EUR 2.5/h`, `$2.5/gpu/h`, `0.9/h spot`.
 
     Args:
         currency: where the text names none.
@@ -100,7 +103,8 @@ def parse_price(text: str, *, currency: str = "USD", where: str = "--price") -> 
         raise UsageError(f"{where} {_short(text)} is no price of a machine an hour.", remedy=_PRICE_REMEDY)
     named = match["before"] or match["after"]
     found = _SYMBOLS.get(named, named.upper()) if named else _currency(currency, where)
-    return Price(amount, found, "device" if match["device"] else "machine", f"as given by {where}")
+    per: Literal["machine", "device"] = "device" if match["device"] else "machine"
+    return Price(amount, found, per, f"as given by {where}", spot=match["spot"] is not None)
 
 
 def parse_pue(value: str | float, *, where: str = "--pue") -> float:

@@ -59,7 +59,7 @@ WHOLE, BLOCKS = "whole", "blocks"
 #: Share of a model's layers from which its repeated blocks are worth compiling without the rest.
 MOSTLY_BLOCKS = 0.5
 
-NO_COMPILER = "no C++ compiler was found (install g++ or clang++, or set CXX)"
+NO_COMPILER = "the C++ compiler that torch starts was not found (install g++, or set CXX to one program)"
 
 
 def capturable(call: Callable[..., Any]) -> Callable[..., Any]:

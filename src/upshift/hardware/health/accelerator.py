@@ -10,6 +10,8 @@ from upshift.units import binary
 
 #: Bytes on a GPU that no idle driver takes.
 MUCH_USED = 2**30
+#: A limit below this share of the default was set by somebody.
+CAPPED = 0.99
 
 _INSTALL = {
     "ubuntu": "ubuntu-drivers install", "pop": "apt-get install system76-driver-nvidia",
@@ -171,6 +173,28 @@ def clocks(seen: Seen) -> Check | None:
     if "applications_clocks_setting" in worst:
         return Check("GPU clocks", "note", found, why, "nvidia-smi -rac && nvidia-smi -rgc    (lets them go)")
     return Check("GPU clocks", "note", found, why, "nvidia-smi -q -d POWER,PERFORMANCE")
+
+
+def power_limit(seen: Seen) -> Check | None:
+    """What each GPU may draw, against its default. A cap is a choice that costs time and saves energy: no fault."""
+    known = [(i, gpu) for i, gpu in enumerate(seen.smi.gpus) if gpu.limit is not None]
+    if not known:
+        return None
+    lines, capped = [], []
+    for number, gpu in known:
+        default = f" of {gpu.limit_default:g} W by default" if gpu.limit_default is not None else ""
+        known_range = gpu.limit_least is not None and gpu.limit_most is not None
+        settable = f", {gpu.limit_least:g} W to {gpu.limit_most:g} W can be set" if known_range else ""
+        clock = f"; clock up to {gpu.clock_most:g} MHz" if gpu.clock_most else ""
+        lines.append(f"GPU {number}: {gpu.limit:g} W{default}{settable}{clock}")
+        if gpu.limit_default is not None and (gpu.limit or 0.0) < CAPPED * gpu.limit_default:
+            capped.append((number, gpu))
+    why = "Less power means longer steps, and often less energy for the same training; only measuring tells which cap."
+    if not capped:
+        return Check("GPU power limit", "ok", "; ".join(lines), why)
+    number, gpu = capped[0]
+    return Check("GPU power limit", "note", "; ".join(lines), f"{why} Runs with another limit do not compare.",
+                 f"nvidia-smi -i {number} -pl {gpu.limit_default:g}    (back to the default; needs root)")  # fmt: skip
 
 
 def taken(seen: Seen) -> Check | None:

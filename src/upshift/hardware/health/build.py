@@ -153,7 +153,7 @@ def torch_device(facts: TorchFacts, nvidia: bool, amd: bool, driver: str, visibl
     if nvidia and not facts.cuda:
         return Check(name, "wrong", f"{built} on a machine with an NVIDIA GPU",
                      "The GPU stands still: this build cannot use it.", wheels(driver))  # fmt: skip
-    if amd and not facts.hip and not facts.cuda:
+    if amd and not nvidia and not facts.hip:
         return Check(name, "note", f"{built} on a machine with an AMD GPU", "ROCm builds can use it, if it is a "
                      "supported one.", f"pip install --force-reinstall torch --index-url {WHEELS}/rocm6.4")  # fmt: skip
     if facts.mps:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -13,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from upshift.hardware.health.check import Check, Run, one_line, run
+from upshift.hardware.machine import compiler_name, has_compiler
 from upshift.units import seconds as in_words
 
 #: Seconds for the compiler, and for loading what it made.
@@ -41,23 +40,16 @@ sys.exit(call(10) != 45.0)
 WHY = "torch.compile builds its kernels with a C++ compiler; without one it is not tried on the CPU."
 
 
-def chosen(env: Mapping[str, str]) -> list[str]:
-    """The compiler inductor starts: `$CXX`, else g++ (clang++ on macOS)."""
-    words = shlex.split(env.get("CXX", ""))
-    return words or ["clang++" if sys.platform == "darwin" else "g++"]
-
-
 def present(env: Mapping[str, str]) -> Check:
     """Whether there is a compiler at all."""
-    command = chosen(env)
-    if shutil.which(command[0], path=env.get("PATH")):
-        return Check("compiler", "ok", f"{command[0]} was found; not tried", WHY)
-    return _missing(command[0], env)
+    name = compiler_name(env)
+    return Check("compiler", "ok", f"{name} was found; not tried", WHY) if has_compiler(env) else _missing(name, env)
 
 
 def _missing(name: str, env: Mapping[str, str]) -> Check:
-    if env.get("CXX"):
-        return Check("compiler", "note", f"CXX={env['CXX']} cannot be started", WHY, "unset CXX")
+    if "CXX" in env:
+        whole = " (torch takes all of it for the name of one program)" if len(name.split()) != 1 else ""
+        return Check("compiler", "note", f"CXX={name} cannot be started{whole}", WHY, "unset CXX")
     return Check("compiler", "note", f"{name} was not found", WHY, "apt-get install g++")
 
 
@@ -67,9 +59,9 @@ def builds(env: Mapping[str, str], folder: Path | None = None, execute: Run = ru
     Args:
         folder: where kernels go; None: the folder for temporary files.
     """
-    command = chosen(env)
-    if not shutil.which(command[0], path=env.get("PATH")):
-        return _missing(command[0], env)
+    name = compiler_name(env)
+    if not has_compiler(env):
+        return _missing(name, env)
     if sys.platform != "linux":
         # OpenMP is asked for in other words elsewhere.
         return present(env)
@@ -79,16 +71,16 @@ def builds(env: Mapping[str, str], folder: Path | None = None, execute: Run = ru
         headers = [f"-I{path}" for path in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")} if path]
         began = time.monotonic()
         built = execute(
-            [*command, "-std=c++17", "-O1", "-shared", "-fPIC", "-fopenmp", *headers, str(source), "-o", str(library)],
+            [name, "-std=c++17", "-O1", "-shared", "-fPIC", "-fopenmp", *headers, str(source), "-o", str(library)],
             COMPILE_SECONDS,
         )
         took = time.monotonic() - began
         if built.code != 0:
-            return _failed(command[0], built.problem or _complaint(built.err))
+            return _failed(name, built.problem or _complaint(built.err))
         called = execute([sys.executable, "-P", "-c", CALL, str(library)], LOAD_SECONDS)
         if called.code != 0:
             return _unusable(place, called.problem or _complaint(called.err))
-    return Check("compiler", "ok", f"{command[0]} built a kernel with OpenMP in {in_words(took)} (measured), and "
+    return Check("compiler", "ok", f"{name} built a kernel with OpenMP in {in_words(took)} (measured), and "
                  "it runs", WHY)  # fmt: skip
 
 

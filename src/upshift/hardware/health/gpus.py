@@ -64,6 +64,13 @@ class Gpu(msgspec.Struct, frozen=True):
     temperature: float | None = None
     held: tuple[str, ...] = ()
     """Keys of `REASONS` that are active now."""
+    limit: float | None = None
+    """Watts it may draw now; by default; and the range that may be set."""
+    limit_default: float | None = None
+    limit_least: float | None = None
+    limit_most: float | None = None
+    clock_most: int | None = None
+    """MHz of its highest clock."""
 
 
 class Smi(msgspec.Struct, frozen=True):
@@ -200,7 +207,22 @@ def _gpu(item: ElementTree.Element) -> Gpu:
         remap_failed=_known(item, "remapped_rows/remapped_row_failure") == "Yes",
         temperature=_integer(_known(item, "temperature/gpu_temp")),
         held=tuple(held),
+        limit=_watts(item, "current_power_limit", "enforced_power_limit", "power_limit"),
+        limit_default=_watts(item, "default_power_limit"),
+        limit_least=_watts(item, "min_power_limit"),
+        limit_most=_watts(item, "max_power_limit"),
+        clock_most=_integer(_known(item, "max_clocks/sm_clock")),
     )  # fmt: skip
+
+
+def _watts(item: ElementTree.Element, *names: str) -> float | None:
+    """`450.00 W` under the first name that has it; the group of these figures changed its name with driver 530."""
+    for name in names:
+        for group in ("gpu_power_readings", "power_readings"):
+            found = re.match(r"(\d{1,5}(?:\.\d{1,4})?) W", _known(item, f"{group}/{name}"))
+            if found:
+                return float(found[1])
+    return None
 
 
 def _known(item: ElementTree.Element, path: str) -> str:

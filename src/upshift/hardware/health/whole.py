@@ -23,6 +23,7 @@ from upshift.hardware.health import (
     environment,
     gpus,
     memory,
+    others,
     packages,
     system,
 )
@@ -124,11 +125,14 @@ def _package(name: str, torch: Torch, pool: ThreadPoolExecutor | None) -> Row:
 def _accelerator(torch: Torch, seen: Gpus) -> list[Row]:
     return [
         ("accelerator", "GPU", lambda: accelerator.driver(seen(), torch().mps or False)),
+        ("accelerator", "AMD GPU", lambda: others.amd(others.look_amd())),
+        ("accelerator", "TPU", lambda: others.tpu(others.look_tpu(), torch().version)),
         ("accelerator", "PCIe link", lambda: accelerator.pcie(seen())),
         ("accelerator", "links between GPUs", lambda: accelerator.between(seen())),
         ("accelerator", "persistence mode", lambda: accelerator.persistence(seen())),
         ("accelerator", "GPU memory errors", lambda: accelerator.memory_errors(seen())),
         ("accelerator", "GPU clocks", lambda: accelerator.clocks(seen())),
+        ("accelerator", "GPU power limit", lambda: accelerator.power_limit(seen())),
         ("accelerator", "GPU in use", lambda: accelerator.taken(seen())),
         ("accelerator", "locked memory", lambda: _locked(seen())),
     ]
