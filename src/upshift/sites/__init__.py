@@ -1,6 +1,7 @@
 """Sites: the moments in any training that a technique can act on. Raised alike by every adapter."""
 
 from upshift.sites.moments import (
+    BackwardSeen,
     LoaderArgs,
     LoaderReady,
     LossFunctionSeen,
@@ -12,6 +13,7 @@ from upshift.sites.moments import (
 )
 from upshift.sites.protocol import (
     Applied,
+    BackwardApplied,
     Card,
     CheckpointApplied,
     ForwardApplied,
@@ -25,7 +27,7 @@ from upshift.sites.protocol import (
 from upshift.sites.stage import Stage
 
 __all__ = [
-    "Applied", "Card", "CheckpointApplied", "ForwardApplied", "LoaderArgs", "LoaderReady", "LossApplied",
-    "LossFunctionSeen", "ModelSeen", "Moment", "NoEffect", "Numerics", "OptimizerSeen", "ProcessEnv", "ProcessStart",
-    "Stage", "StepApplied", "Technique", "Verdict",
+    "Applied", "BackwardApplied", "BackwardSeen", "Card", "CheckpointApplied", "ForwardApplied", "LoaderArgs",
+    "LoaderReady", "LossApplied", "LossFunctionSeen", "ModelSeen", "Moment", "NoEffect", "Numerics", "OptimizerSeen",
+    "ProcessEnv", "ProcessStart", "Stage", "StepApplied", "Technique", "Verdict",
 ]  # fmt: skip

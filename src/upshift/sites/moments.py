@@ -9,6 +9,8 @@ model_created       a root module with parameters is about to be called for the 
 optimizer_created   an optimizer is about to make its first step
 loss_function       cross_entropy of torch.nn.functional is about to be called for the first time in training
 forward             every call of a root module (ForwardApplied.around)
+backward            a declared job is about to call its model for the first time (BackwardSeen); then before every
+                    backward pass and after the last one of an update (BackwardApplied); scripts do not raise it
 step                before every optimizer step (StepApplied.before_step)
 loss                every call of that loss function in training (LossApplied.before_loss)
 checkpoint          every tensor that torch.save or safetensors is about to write (CheckpointApplied.written)
@@ -16,6 +18,7 @@ checkpoint          every tensor that torch.save or safetensors is about to writ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,6 +86,23 @@ class ModelSeen(Moment):
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     training: bool = True
+
+
+def _alone(values: list[float]) -> list[float]:
+    return values
+
+
+@dataclass
+class BackwardSeen(Moment):
+    """A training whose loop lets its loss be scaled: a declared job, before the first call of its model.
+
+    `agree` sums each value over all ranks; every rank has to call it.
+    """
+
+    site: ClassVar[str] = "backward"
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    agree: Callable[[list[float]], list[float]] = _alone
 
 
 @dataclass

@@ -145,6 +145,24 @@ class StepApplied(Applied, Protocol):
 
 
 @runtime_checkable
+class BackwardApplied(Applied, Protocol):
+    """Acts on the loss and the gradients of a training whose loop it is told of (`BackwardSeen`)."""
+
+    problem: str
+    """Why the gradients cannot be used at any scale; empty as a rule."""
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """What the backward pass of one micro-batch begins with. Shapes: () -> ()."""
+
+    def unscaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Once an update, when its gradients are complete and nothing has looked at them: make them those of the loss.
+
+        Returns:
+            Whether they can be used: False, on all ranks, where one of them has overflowed on some rank.
+        """
+
+
+@runtime_checkable
 class LossApplied(Applied, Protocol):
     """Acts before every call of a loss function in training."""
 

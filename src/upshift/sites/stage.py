@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from upshift.records.plan import Setting
-from upshift.sites.moments import LossFunctionSeen, ModelSeen, Moment, OptimizerSeen
+from upshift.sites.moments import BackwardSeen, LossFunctionSeen, ModelSeen, Moment, OptimizerSeen
 from upshift.sites.protocol import (
     Applied,
+    BackwardApplied,
     CheckpointApplied,
     ForwardApplied,
     LossApplied,
@@ -96,7 +97,7 @@ class Stage:
     def _bind(self, name: str, moment: Moment, applied: Applied) -> None:
         first = name not in self._applied
         self._applied.setdefault(name, []).append(applied)
-        if isinstance(moment, ModelSeen) and isinstance(applied, ForwardApplied):
+        if isinstance(moment, (ModelSeen, BackwardSeen)) and isinstance(applied, ForwardApplied):
             self._keep(moment.module, self._forward)
             self._forward.setdefault(id(moment.module), []).append((name, applied))
         if isinstance(moment, OptimizerSeen) and isinstance(applied, StepApplied):
@@ -128,6 +129,11 @@ class Stage:
     def steps_for(self, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, StepApplied], ...]:
         """What acts before steps of this optimizer."""
         return tuple(item for item in self._step.get(id(optimizer), ()) if item[0] not in self._off)
+
+    def backward(self) -> BackwardApplied | None:
+        """What scales the loss and the gradients of this training; it obeys `switch` between two updates by itself."""
+        acting = (item for items in self._applied.values() for item in items)
+        return next((item for item in acting if isinstance(item, BackwardApplied)), None)
 
     def losses_for(self, function: str) -> tuple[tuple[str, LossApplied], ...]:
         """What acts before calls of this loss function in training."""

@@ -27,6 +27,7 @@ BUILT_IN = {
     "device_dataset": "upshift.techniques.device_dataset:DeviceDataset",
     "channels_last": "upshift.techniques.channels_last:ChannelsLast",
     "bf16": "upshift.techniques.bf16:Bf16",
+    "fp16": "upshift.techniques.fp16:Fp16",
     "tf32": "upshift.techniques.tf32:Tf32",
     "cudnn_benchmark": "upshift.techniques.cudnn_benchmark:CudnnBenchmark",
     "attention": "upshift.techniques.attention:Attention",

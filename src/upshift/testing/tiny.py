@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upshift.records.plan import Setting
 from upshift.sites import (
+    BackwardSeen,
     LoaderArgs,
     LossFunctionSeen,
     ModelSeen,
@@ -85,7 +86,7 @@ def batch(kind: str, step: int, dtype: torch.dtype | None = None) -> tuple[torch
 
 @dataclass
 class Session:
-    """A minimal adapter: raises the sites of one training, as the hook does for a script.
+    """A minimal adapter: raises the sites of one training, as the hook does for a script, and the engine for a job.
 
     The loader is only asked for, not read: every arm gets the same batches.
     """
@@ -115,6 +116,7 @@ class Session:
             return self.module(x)
         if id(self.module) not in self._seen:
             self._seen.add(id(self.module))
+            self.stage.raise_site(BackwardSeen(module=self.module, optimizer=self.optimizer))
             self.stage.raise_site(ModelSeen(module=self.module, args=(x,), training=self.module.training))
         call: Callable[..., Any] = self.module
         for _, applied in reversed(self.stage.forward_for(self.module)):
@@ -140,7 +142,11 @@ class Session:
         x, y = batch(self.kind, self.steps, self.dtype)
         self.optimizer.zero_grad()
         loss = self.loss(self.call(x), y)
-        torch.autograd.backward(loss)
+        scaling = None if self.stage is None else self.stage.backward()
+        torch.autograd.backward(loss if scaling is None else scaling.scaled(loss))
+        if scaling is not None and not scaling.unscaled(self.optimizer):
+            self.steps += 1
+            return loss.item()
         if self.stage is not None:
             if id(self.optimizer) not in self._seen:
                 self._seen.add(id(self.optimizer))
