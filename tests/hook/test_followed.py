@@ -12,7 +12,7 @@ import pytest
 from upshift.hook.followed import LateLog
 from upshift.hook.imports import AfterImport
 from upshift.hook.launched import started
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 
 @pytest.mark.parametrize(

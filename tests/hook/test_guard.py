@@ -13,7 +13,7 @@ from torch import nn
 from watched import watched
 
 from upshift.hook.guarded import RunController
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.sites import Card, ModelSeen, Numerics, OptimizerSeen
 from upshift.sites.protocol import BaseApplied
 from upshift.sites.runner import ChildSpec

@@ -12,7 +12,7 @@ from watched import watched
 from upshift.hook.guarded import LATE, RunController
 from upshift.measure.band import band_of
 from upshift.measure.steps import StepRecord
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.sites import Card, Numerics
 from upshift.sites.protocol import BaseApplied
 from upshift.sites.runner import ChildSpec

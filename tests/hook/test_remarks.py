@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conftest import upshift
 
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 SCRIPT = """
 import argparse

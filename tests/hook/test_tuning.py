@@ -14,7 +14,7 @@ from upshift.hook import tuning
 from upshift.hook.guarded import WINDOW
 from upshift.hook.replay import Recorder
 from upshift.hook.tuning import TuningController
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.sites import Card, Numerics, OptimizerSeen, Verdict
 from upshift.sites.protocol import BaseApplied
 from upshift.sites.runner import ChildSpec

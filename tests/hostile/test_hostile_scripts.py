@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import often, python, upshift
 
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 HEAD = """
 import gc, os, signal, sys, threading, torch

@@ -23,7 +23,8 @@ from upshift.records.ledger import Ledger
 from upshift.records.quantity import unknown
 from upshift.records.resources import GpuSample, Head, Resources, Sample
 from upshift.records.run import Event, Run, Window
-from upshift.records.runlog import RunLog, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import RunLog
 from upshift.records.trial import TuneReport
 
 WATTS = Watts(1.0, 4.0, "made up")

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from upshift.measure.gpus import REASONS, here
 from upshift.measure.resources import Looker
 from upshift.measure.sensors import Clock, Thermometer
 from upshift.measure.tree import Sums, Tree, _Member
+from upshift.records.resources import Head, PowerLimit
+from upshift.sinks.companion import compact
 
 MIB = 2**20
 WATTS = Watts(1.0, 5.0, "made up")
@@ -486,6 +489,20 @@ class Library:
         self._count()
         return 250_000
 
+    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
+        self._count()
+        return 450_000
+
+    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: str) -> int:
+        self._count()
+        return 700_000
+
+    def nvmlDeviceGetPowerManagementLimitConstraints(self, handle: str) -> list[int]:
+        self._count()
+        if handle == "a":
+            raise NVMLError("Not Supported")
+        return [200_000, 700_000]
+
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         self._count()
         if not self.energy_counted:
@@ -537,6 +554,21 @@ def test_a_gpu_that_the_run_is_seen_on(library):
     assert (sample.clock, sample.clock_most) == (1.2e9, 1.98e9)
     assert sample.throttled == (REASONS[0x20],)
     assert found.basis == "measured" and found.what.startswith("1 GPU by NVML")
+
+
+def test_power_limits_are_those_of_the_gpus_that_are_used(library, tmp_path):
+    library.processes["b"] = [os.getpid()]
+    looker = Looker(os.getpid(), tmp_path, visible="0,1")
+    assert looker.head().power_limits == ()
+    looker.look()
+    assert looker.head().power_limits == (PowerLimit("Test 9000 (1)", 450.0, 700.0, 200.0, 700.0),)
+    library.processes["a"] = [os.getpid()]
+    library.used["a"] += 300 * MIB
+    looker.look()
+    head = looker.head()
+    assert head.power_limits[1] == PowerLimit("Test 9000 (0)", 450.0, 700.0)
+    assert not any("NVML" in note for note in head.notes)
+    assert msgspec.convert(compact(head), Head).power_limits == head.power_limits
 
 
 def test_a_gpu_whose_processes_cannot_be_named_is_used_once_its_memory_fills(library, tmp_path):

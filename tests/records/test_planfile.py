@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from upshift.errors import PlanError
 from upshift.records import planfile
-from upshift.records.plan import Fingerprint, Kept, Plan, Rejected
+from upshift.records.plan import Fingerprint, Kept, Pace, Plan, Rejected
 from upshift.records.trial import Band, Proof, UpdateCheck
 from upshift.records.verification import Energy, Interval
 
@@ -26,6 +26,7 @@ FULL = plan(
     proof=Proof(rung="trajectory", passed=True, reason="r", steps=9, lag=0.001, stock_losses=(1.0,), weaker="",
                 updates=(UpdateCheck(step=1, cosine=1.0, norm_ratio=1.0, relative_error=0.0, noise=None),),
                 band=Band(first=(0, 4), length=(4, 5), mean=(2.5, 2.0), spread=(0.1, 0.1), between=(0.5, 0.25))),
+    pace=Pace(0.008, 0.0075, 0.009, 9, samples_per_second=4000.0, from_step=12), upshift="0.1.0",
     kept=(Kept(name="threads", settings={"count": 2, "on": True, "x": 0.5, "s": "t"}, speedup=1.5, low=1.4),),
     rejected=(Rejected(name="bf16", reason='a "quoted"\nline \\ é', settings={"a": 1}),),
 )  # fmt: skip
@@ -130,6 +131,7 @@ def test_the_smallest_plan_reads(tmp_path):
         (section(kept='[{name="x", settings={a=[1]}}]'), "settings"),
         (section(kept='[{name="x", exec="y"}]'), "exec"),
         (section(script=""), "script"),
+        (section(pace="{seconds = 1.0, low = 2.0, high = 3.0, stretches = 4}"), "devices.cpu.pace"),
         (section() + "\n[other]\nx = 1", "unknown key: other"),
         ("schema = 1\nx = " + "[" * 50 + "]" * 50, "nested deeper"),
         ("schema = 1\nx = " + "[" * 50_000 + "]" * 50_000, ""),

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upshift.errors import EnvironmentError_, RecordError
-from upshift.records import runlog
+from upshift.records import runfold, runlog
 from upshift.records.run import Window
-from upshift.records.runlog import LOG, RunLog, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import LOG, RunLog
 
 START = {"script": "train.py", "arguments": ["--lr", "1"], "started": "2026-01-01 00:00:00", "pid": 2**22 + 5}
 
@@ -165,12 +166,12 @@ def test_merging_keeps_every_sum(tmp_path_factory, sizes, most):
         log.append("steps", **window(first, n, float(seconds), **more))
         first += n
     log.close()
-    kept = runlog.MOST_WINDOWS
-    runlog.MOST_WINDOWS = most
+    kept = runfold.MOST_WINDOWS
+    runfold.MOST_WINDOWS = most
     try:
         run = fold(folder)
     finally:
-        runlog.MOST_WINDOWS = kept
+        runfold.MOST_WINDOWS = kept
     assert len(run.windows) <= most + 1
     assert run.steps == first == sum(item.n for item in run.windows)
     assert [item.first for item in run.windows] == [sum(w.n for w in run.windows[:i]) for i in range(len(run.windows))]
@@ -187,5 +188,5 @@ def test_a_million_steps_stay_small(tmp_path):
     lines = (json.dumps({"kind": "steps", **window(i)}) for i in range(20_000))
     os.write(log._fd, ("\n".join(lines) + "\n").encode())
     run = fold(tmp_path)
-    assert len(run.windows) <= runlog.MOST_WINDOWS and run.steps == 20_000
+    assert len(run.windows) <= runfold.MOST_WINDOWS and run.steps == 20_000
     assert isinstance(run.windows[0], Window)

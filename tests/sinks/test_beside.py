@@ -355,6 +355,25 @@ def test_an_alarm_is_written_once_and_a_look_that_fails_is_survived(tmp_path, mo
     assert "odd samples" in (tmp_path / companion.LOG_FILE).read_text()
 
 
+def test_steps_slower_than_the_plan_s_are_an_alarm(tmp_path, monkeypatch, own_signals):
+    log = RunLog(tmp_path)
+    log.append("start", script="a", arguments=[], started="now")
+    for number in range(80):
+        log.append("steps", first=50 * number, n=50, at=float(number), seconds=1.0)
+    log.close()
+    monkeypatch.setattr(companion, "ALARM_EVERY", 0.0)
+    monkeypatch.setattr(companion, "SHARE", 1.0)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.4)"])
+    pace = {"seconds": 0.01, "low": 0.01, "high": 0.011, "stretches": 8}
+    spec = Spec(child.pid, born(child.pid), str(tmp_path), time.monotonic(), period=0.05, pace=pace)
+    Companion(msgspec.json.decode(msgspec.json.encode(spec), type=Spec)).watch()
+    child.wait()
+    found = read(tmp_path)
+    assert found is not None
+    (alarm,) = [alarm for alarm in found.alarms if alarm.name == "slower_than_planned"]
+    assert "steps take 2.00x" in alarm.text and "(10 ms then, 20 ms now, measured)" in alarm.text
+
+
 def test_a_spec_that_cannot_be_read_is_an_error_with_a_remedy(tmp_path):
     from upshift.errors import RecordError
 
@@ -367,6 +386,8 @@ def test_a_spec_that_cannot_be_read_is_an_error_with_a_remedy(tmp_path):
 
 
 class Sink:
+    opened = True
+
     def __init__(self, act: Callable[[], None] = lambda: None) -> None:
         self.act, self.polls, self.closed, self.after_close = act, 0, False, 0
 
@@ -442,4 +463,40 @@ def test_a_tracker_that_hangs_at_the_end_is_left_behind(sinks, tmp_path):
     hang[0] = True
     trackers.close()
     assert len(said) == 1 and "was not done" in said[0]
+    freed.set()
+
+
+def test_a_tracker_that_still_opens_when_the_run_ends_may_open_and_write(sinks, tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "FIRST_PATIENCE", 10.0)
+    begun, free = threading.Event(), threading.Event()
+
+    def opens() -> None:
+        begun.set()
+        free.wait(20.0)
+        sink.opened = True
+
+    sink = sinks["slow"] = Sink(opens)
+    sink.opened = False
+    said: list[str] = []
+    trackers = Trackers(["slow"], tmp_path, said.append)
+    assert begun.wait(10.0)
+    closing = threading.Thread(target=trackers.close)
+    closing.start()
+    # Longer than any other call may take.
+    closing.join(3 * threads.PATIENCE)
+    assert closing.is_alive() and not said
+    free.set()
+    closing.join(10.0)
+    assert sink.closed and sink.polls == 2 and not said
+
+
+def test_a_tracker_that_never_opens_is_left_behind_after_its_patience(sinks, tmp_path):
+    freed = threading.Event()
+    sinks["never"] = Sink(lambda: freed.wait(20.0) and None)
+    sinks["never"].opened = False
+    said: list[str] = []
+    trackers = Trackers(["never"], tmp_path, said.append)
+    until(lambda: sinks["never"].polls == 1)
+    trackers.close()
+    assert len(said) == 1 and "was not open" in said[0] and not sinks["never"].closed
     freed.set()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from upshift.errors import MissingExtraError, RecordError
-from upshift.records.runlog import MOST_EVENTS, MOST_WINDOWS, fold
+from upshift.records.runfold import MOST_EVENTS, MOST_WINDOWS, fold
 from upshift.sinks import foreign, trackers
 from upshift.sinks.foreign.series import MOST_POINTS, Found, Series, loss_name, to_run
 

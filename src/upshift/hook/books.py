@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -60,7 +61,7 @@ class Books:
         "scratch", "main_guard", "window", "patches", "pid", "born", "last", "grad_only", "models", "shapes", "loaders",
         "optimizers", "closures", "_handles", "_alive", "_doubt", "_loader_numbers", "_eval_trains", "h2d", "sync",
         "nograd", "checkpoint", "nograd_calls", "span_modules", "_generator", "_grad_enabled", "_is_tracing",
-        "_awake", "_woken", "_naps", "may_sleep",
+        "_awake", "_woken", "_naps", "may_sleep", "timed_steps", "span_rows", "on_span",
     )  # fmt: skip
 
     _grad_enabled: Callable[[], bool]
@@ -136,6 +137,10 @@ class Books:
         self._in_backward = False
         self._skip = False
         self._eval_trains: set[int] = set()
+        self.timed_steps = 0
+        """Steps whose phases and batches were looked at, over the whole run."""
+        self.on_span: Callable[[float, float], None] | None = None
+        """Told the seconds of every span, and the rows its model was called with (NaN: not known)."""
         self._reset()
 
     def _reset(self) -> None:
@@ -151,6 +156,7 @@ class Books:
         self.span_start = 0.0
         self.span_end = 0.0
         self.span_modules: set[int] = set()
+        self.span_rows: dict[int, float] = {}
         self.steps = self._awake = 0
 
     def evaluation_only(self, loader: Any) -> bool:
@@ -201,6 +207,10 @@ class Books:
         self.accounted += took
         self.span_start = 0.0
         self.span_modules.clear()
+        if self.on_span is not None:
+            # Of several models of one evaluation, the one called with the most rows has seen every sample.
+            self.on_span(took, max(self.span_rows.values(), default=math.nan))
+        self.span_rows.clear()
 
     def _data_done(self, start: float, outer: float, end: float, key: int, grad: bool, batch: int, epoch: int) -> None:
         took = end - start
@@ -252,9 +262,11 @@ class Books:
         return True
 
     def flush(self) -> None:
-        """Hand over the steps of a window under way."""
+        """Hand over the steps of a window under way, and the evaluation after the last step."""
         if self.steps:
             self._boundary(self._last_boundary)
+        elif self.span_start:
+            self._leave_span()
 
     def end_window(self) -> None:
         """Let the window under way end with the step under way."""
@@ -296,6 +308,7 @@ class Books:
     def _boundary(self, end: float) -> None:
         if self.span_start:
             self._leave_span()
+        self.timed_steps += self._awake
         scale = self.steps / self._awake if self._awake else 0.0
         record = StepRecord(
             self.index - 1,

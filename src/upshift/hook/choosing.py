@@ -12,7 +12,7 @@ import msgspec
 from upshift.errors import PlanError, UsageError
 from upshift.hardware.device import device_name, kinds_here
 from upshift.records import Plan, planfile
-from upshift.records.fingerprint import changes, fingerprint
+from upshift.records.fingerprint import changes, fingerprint, own_version
 from upshift.records.plan import Fingerprint, Setting
 from upshift.records.planfile import slug
 from upshift.sites import Numerics
@@ -42,6 +42,8 @@ class Chosen:
     notes: tuple[str, ...]
     guard: dict[str, Any] = field(default_factory=dict)
     """What the run holds its loss against; see `hook.lossguard`."""
+    pace: dict[str, Any] | None = None
+    """How long a step took when the plan was made; see `hook.pace`."""
 
 
 def stem(target: str, module: bool) -> Path:
@@ -154,7 +156,14 @@ def _still_good(spec: ChildSpec, wanted: Wanted, file: Path, plan: Plan, device:
         notes.append(f"plan {file}: {' + '.join(plan.techniques)}, {sooner}, proof '{rung}'")
     if labelled and plan.proof is not None:
         notes.append(f"weaker proof: {plan.proof.weaker}")
-    return Chosen(plan.techniques, str(file), tuple(notes), _guard(plan, stale=bool(stale)))
+    here = own_version()
+    if here and plan.upshift not in ("", here):
+        notes.append(
+            f"the plan was made with upshift {plan.upshift}, this is {here}: its techniques may act otherwise, "
+            "and newer ones were not tried; tune again when there is time"
+        )
+    pace = msgspec.to_builtins(plan.pace) if plan.pace is not None and not stale else None
+    return Chosen(plan.techniques, str(file), tuple(notes), _guard(plan, stale=bool(stale)), pace)
 
 
 def _guard(plan: Plan, *, stale: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from upshift.errors import UsageError
 from upshift.hook import ranges
 from upshift.hook.controller import Controller, describe, exit_code
 from upshift.hook.lossguard import LossGuard
+from upshift.hook.pace import Pacing
 from upshift.hook.remarks import Remarks
 from upshift.measure.steps import TIMED, StepRecord
 from upshift.records.runlog import LOG, RunLog
@@ -58,6 +59,7 @@ class RunController(Controller):
         self.steps = 0
         self.flusher: threading.Thread | None = None
         self.remarks = Remarks(self.log)
+        self.pacing = Pacing(spec.options.get("pace"))
         self.log.append(
             "start",
             script=spec.target,
@@ -84,6 +86,9 @@ class RunController(Controller):
         self.watch.may_sleep = not self.guarding
         self.looks_at_losses = self.guarding and self._has_band()
         self._event("patched", ", ".join(self.watch.patches.names()))
+        if not self.spec.options.get("collect"):
+            # Where all that is printed is collected, it is read there.
+            self.remarks.listen(self.watch)
 
     def say(self, kind: str, name: str, text: str) -> None:
         """One line a technique, on stderr and in the log."""
@@ -112,6 +117,7 @@ class RunController(Controller):
             checkpoint=record.checkpoint,
         )
         self.remarks.window(record, self.watch, self.steps)
+        self.pacing.add(record, self.steps)
 
     def logged(self, values: dict[str, float]) -> None:
         """Metrics of the script, for the record."""
@@ -203,6 +209,7 @@ class RunController(Controller):
 
     def _remove(self, name: str, reason: str) -> None:
         """Take one technique off; without any, nothing is left to look after."""
+        self.pacing.came_off()
         self.stage.remove(name, reason)
         self.watch.refresh()
         if not self.stage.names:
@@ -222,13 +229,16 @@ class RunController(Controller):
         """Close the record and say in one line what was seen."""
         elapsed = time.perf_counter() - self.began
         self.watch.flush()
-        self.remarks.flush(elapsed, self.steps)
+        self.remarks.end(elapsed, self.watch, self.steps)
         if self.loss_guard is not None:
             self.loss_guard.finish()
         for name, reason in self.stage.effects().items():
             if reason:
                 self._event("no effect", f"{name}: {reason}")
                 self._print(f"no effect {name}: {reason}")
+        if slow := self.pacing.remark(self.log.folder):
+            self._event("slower", slow)
+            self._print(slow)
         if below := _elsewhere(self.log.folder):
             self._event("children", below)
         self.log.append("end", code=exit_code(error), how=describe(error), seconds=elapsed, steps=self.steps)

@@ -82,11 +82,8 @@ def torch_imported(spec_file: str, torch: ModuleType) -> None:
     notes = chosen.notes
     if chosen.techniques and os.environ.get("WORLD_SIZE", "1") != "1":
         notes = (*notes, "the plan was measured with one process: its speed-up need not hold for several")
-    spec = msgspec.structs.replace(
-        spec,
-        plan=chosen.techniques,
-        options={**launch.options, "plan_file": chosen.file, "notes": notes, "guard": chosen.guard},
-    )
+    more = {"plan_file": chosen.file, "notes": notes, "guard": chosen.guard, "pace": chosen.pace}
+    spec = msgspec.structs.replace(spec, plan=chosen.techniques, options={**launch.options, **more})
     outside = {
         technique.card.name: _TOO_LATE
         for technique, _ in registry.in_order(spec.plan)

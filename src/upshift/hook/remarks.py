@@ -1,4 +1,5 @@
-"""What the record of a run says beside its steps: metrics that the script logs, parameters, the steps it will make."""
+"""What the record of a run says beside its steps: metrics that the script logs or prints, its parameters, epochs and
+inference time, and the steps it will make."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from upshift.hook.horizon import Horizon
+from upshift.hook.passes import Passes
+from upshift.hook.printed import Line, Printed
 from upshift.measure.steps import StepRecord
+from upshift.records.run import PRINTED
 from upshift.records.runlog import RunLog
 
 if TYPE_CHECKING:
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Metrics are written this often at most, and ever more rarely in a long run: a log holds a few thousand of them.
 SECONDS, SHARE = 1.0, 1e-3
+#: The count of epochs is written anew when it has grown by this share.
+GROWN = 0.1
 
 
 class Remarks:
@@ -23,8 +29,17 @@ class Remarks:
     def __init__(self, log: RunLog) -> None:
         self._log = log
         self._metrics: dict[str, float] = {}
-        self._written = -math.inf
+        self._written = self._last = -math.inf
         self._told = False
+        self._printed: Printed | None = None
+        self._passes = Passes()
+        self._epochs = 0.0
+
+    def listen(self, watch: Watch) -> None:
+        """torch is there: hear what the script prints from now on, and time its evaluations."""
+        watch.on_span = self._passes.timed.add
+        self._printed = Printed(watch)
+        self._printed.install()
 
     def metrics(self, values: dict[str, float]) -> None:
         """The script logged these; the newest of each name counts."""
@@ -36,16 +51,53 @@ class Remarks:
             self._told = True
             with contextlib.suppress(Exception):  # a script's own classes may raise anything when they are looked at
                 self._tell(record, watch, steps)
-        if record.at - self._written >= max(SECONDS, SHARE * record.at):
+        self._passes.look(watch)
+        due = record.at - self._written >= max(SECONDS, SHARE * record.at)
+        if self._printed is not None:
+            self._printed.look()
+            if due or self._printed.due(record.at):
+                self._printed.tell(self._heard, record.at)
+        if due:
             self.flush(record.at, steps)
+            self._tell_epochs(watch, steps, record.at, GROWN)
 
     def flush(self, at: float, steps: int) -> None:
         """Write the metrics that were logged since."""
         values, self._metrics = self._metrics, {}
         if values:
             self._written = at
-            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._log.append("metrics", at=at, text="", step=steps, values=known)
+            self._write(at, steps, values, "")
+
+    def end(self, at: float, watch: Watch, steps: int) -> None:
+        """The script has ended: write what is left, and what can only be said now."""
+        self._passes.look(watch)
+        if self._printed is not None:
+            self._printed.tell(self._heard, at, last=True)
+            self._printed.close()
+        self.flush(at, steps)
+        self._tell_epochs(watch, steps, at, 0.0)
+        found = self._passes.inference(steps)
+        if found is not None and found.found is not None:
+            self._log.append("model", at=at, text=found.told, values={"inference_seconds": found.found.value})
+        if self._printed is not None and self._printed.left_out:
+            told = f"{self._printed.left_out:,} lines that the script printed were too long or too many to be looked at"
+            self._log.append("metrics thinned", at=at, text=told)
+
+    def _heard(self, line: Line, values: dict[str, float]) -> None:
+        self._written = max(self._written, line.at)
+        self._write(line.at, line.step, values, PRINTED)
+
+    def _write(self, at: float, step: int, values: dict[str, float], text: str) -> None:
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        # A time that goes back would begin a new start of the run.
+        self._last = max(self._last, at)
+        self._log.append("metrics", at=self._last, text=text, step=step, values=known)
+
+    def _tell_epochs(self, watch: Watch, steps: int, at: float, grown: float) -> None:
+        found = self._passes.epochs(watch, steps)
+        if found is not None and found.value is not None and found.value > self._epochs * (1.0 + grown):
+            self._epochs = found.value
+            self._log.append("epochs", at=at, text=found.basis, values={"epochs": found.value})
 
     def _tell(self, record: StepRecord, watch: Watch, steps: int) -> None:
         models = [model for reference in watch.models if (model := reference()) is not None]

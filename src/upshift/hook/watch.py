@@ -29,7 +29,7 @@ from typing import Any
 from upshift.hook.books import Books
 from upshift.hook.checkpoints import as_written, watch_safetensors
 from upshift.hook.losses import watch_losses
-from upshift.hook.peek import has_parameters, like, running_steps, shapes_of, start_value
+from upshift.hook.peek import has_parameters, like, rows_of, running_steps, shapes_of, start_value
 from upshift.sites import LoaderArgs, LoaderReady, LossFunctionSeen, ModelSeen, Moment, OptimizerSeen, ProcessStart
 
 
@@ -129,6 +129,7 @@ class Watch(Books):
                 if watch.span_start:
                     watch.span_end = end
                     watch.nograd_calls += 1
+                    watch.span_rows[id(module)] = watch.span_rows.get(id(module), 0.0) + rows_of(args, kwargs)
                 else:
                     alone = took - watch.inner
                     watch.forward += alone

@@ -80,7 +80,7 @@ def compare(
     told = [*notes, *_remarks(given, found, choice, until)]
     # Money of several currencies is not added or compared.
     if len({item.ledger.currency for item in runs if item.ledger is not None}) > 1:
-        _drop(found, ("cost", "efficiency"))
+        _drop(found, ("cost", "cost_per_epoch", "efficiency"))
         told.append("The runs are priced in several currencies: cost is not compared.")
     approaches = [_approach(group, figures, choice, target) for group, figures in zip(given, found, strict=True)]
     differences = _differences(approaches, found, choice.mode)

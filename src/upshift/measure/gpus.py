@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from upshift.records.quantity import Basis
-from upshift.records.resources import GpuSample
+from upshift.records.resources import GpuSample, PowerLimit
 
 T = TypeVar("T")
 
@@ -56,6 +56,9 @@ class Driver(Protocol):
     def clock_most(self, handle: Any) -> float: ...
     def throttled(self, handle: Any) -> tuple[str, ...]: ...
     def pids(self, handle: Any) -> list[int]: ...
+    def power_limit(self, handle: Any) -> float: ...
+    def power_default(self, handle: Any) -> float: ...
+    def power_range(self, handle: Any) -> tuple[float, float]: ...
 
 
 class _Device:
@@ -67,6 +70,7 @@ class _Device:
         self.memory_at_first = memory
         self.joules_at_first = joules
         self.used = False
+        self.power: PowerLimit | None = None
         self.clock_most: float | None = None
         self.integral = 0.0
         self.last: tuple[float, float] | None = None
@@ -114,11 +118,24 @@ class Gpus:
         how = "" if self.basis == "measured" else " (power read at every look, summed over time)"
         return f"{some} by {self._driver.label}{how}, {others}"
 
+    @property
+    def power_limits(self) -> tuple[PowerLimit, ...]:
+        """Of those used; those whose driver says nothing of it are left out."""
+        return tuple(item.power for item in self._used if item.power is not None)
+
+    def _power(self, device: _Device) -> PowerLimit | None:
+        now = self._try(self._driver.power_limit, device.handle)
+        if now is None:
+            return None
+        least, most = self._try(self._driver.power_range, device.handle) or (None, None)
+        return PowerLimit(device.name, now, self._try(self._driver.power_default, device.handle), least, most)
+
     def look(self, pids: Collection[int], at: float) -> tuple[GpuSample, ...]:
         """Those used by the processes `pids` so far, in the order they were first seen; `at` in seconds."""
         for device in self._devices:
             if not device.used and self._is_used(device, set(pids)):
                 device.used = True
+                device.power = self._power(device)
                 self._used.append(device)
         self._first = False
         return tuple(self._sample(device, at) for device in self._used)
@@ -260,6 +277,16 @@ class Nvml:
     def pids(self, handle: Any) -> list[int]:
         return [int(item.pid) for item in self._library.nvmlDeviceGetComputeRunningProcesses(handle)]
 
+    def power_limit(self, handle: Any) -> float:
+        return float(self._library.nvmlDeviceGetPowerManagementLimit(handle)) / 1e3
+
+    def power_default(self, handle: Any) -> float:
+        return float(self._library.nvmlDeviceGetPowerManagementDefaultLimit(handle)) / 1e3
+
+    def power_range(self, handle: Any) -> tuple[float, float]:
+        least, most = self._library.nvmlDeviceGetPowerManagementLimitConstraints(handle)
+        return float(least) / 1e3, float(most) / 1e3
+
 
 class Amd:
     """AMD, by `amdsmi`. Fields that a device lacks are "N/A" there, which is no number."""
@@ -320,3 +347,13 @@ class Amd:
     def pids(self, handle: Any) -> list[int]:
         found = self._library.amdsmi_get_gpu_process_list(handle)
         return [int(item["pid"]) for item in found if isinstance(item, dict)]
+
+    def power_limit(self, handle: Any) -> float:
+        # Watts in some releases, microwatts in others, and nothing says which.
+        raise NotImplementedError("not supported: the unit of a power cap is not known")
+
+    def power_default(self, handle: Any) -> float:
+        return self.power_limit(handle)
+
+    def power_range(self, handle: Any) -> tuple[float, float]:
+        return (limit := self.power_limit(handle)), limit

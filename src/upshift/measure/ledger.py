@@ -19,7 +19,7 @@ from upshift.measure.consumed import carbon, energy, on_cpu
 from upshift.measure.lost import Spot, lost
 from upshift.measure.totals import Starts, Sum, by_start, entry, good, summed
 from upshift.records.ledger import Entry, Ledger
-from upshift.records.quantity import Basis, unknown
+from upshift.records.quantity import Basis, Quantity, unknown
 from upshift.records.resources import GpuSample, Resources, Sample
 from upshift.records.run import Run
 from upshift.records.trial import TuneReport
@@ -46,7 +46,7 @@ def ledger(
         resources: what was sampled beside it; None: nothing was.
         rates: price an hour, carbon intensity, PUE, watts of a core.
         tuning: the search that found its plan.
-        epochs: passes over the data made so far, where the caller knows; the log does not say.
+        epochs: passes over the data made so far; None: as the log says.
         spot: the machine may be taken away: what that is expected to cost, where the log shows no interruption.
 
     Returns:
@@ -66,7 +66,7 @@ def ledger(
         energy=joules,
         carbon=carbon(joules, rates),
         cost=cost,
-        cost_per_epoch=_per_epoch(cost, epochs),
+        cost_per_epoch=_per_epoch(cost, run.epochs if epochs is None else Quantity(epochs, "epochs")),
         lost=lost(run, time.value.value, spot),
         memory=_peak(starts, lambda sample: sample.memory, "the process tree", _NO_SAMPLES),
         gpu_memory=_peak(starts, _fullest, "the fullest GPU, other programs on it included", _NO_GPU),
@@ -146,14 +146,16 @@ def _cost(time: Entry, devices: int | None, rates: Rates) -> Entry:
     return _money(time.value.value, "wall time", devices, rates)
 
 
-def _per_epoch(cost: Entry, epochs: float | None) -> Entry:
-    quantity = cost.value
+def _per_epoch(cost: Entry, epochs: Quantity | None) -> Entry:
+    quantity, made = cost.value, epochs.value if epochs is not None else None
     if quantity.value is None:
         return cost
-    if not good(epochs) or epochs == 0:
+    if epochs is None or made is None or not good(made) or made == 0:
         return Entry(unknown(quantity.unit), "the record does not say how many epochs were made")
-    how = f"{cost.how} / {epochs:g} epochs, start and evaluation included"
-    return entry(quantity.value / epochs, quantity.unit, how, basis=quantity.basis, n=quantity.n)
+    basis: Basis = "estimated" if "estimated" in (quantity.basis, epochs.basis) else quantity.basis
+    about = "about " if epochs.basis == "estimated" else ""
+    how = f"{cost.how} / {about}{made:.4g} epochs, start and evaluation included"
+    return entry(quantity.value / made, quantity.unit, how, basis=basis, n=quantity.n)
 
 
 def _tuning(run: Run, tuning: TuneReport | None, devices: int | None, rates: Rates) -> Entry | None:

@@ -18,17 +18,21 @@ from upshift.errors import UsageError
 Mode = Literal["max", "min"]
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-#: `name: 12.3`, `name=12.3`, `name 12.3`, `'name': 9829/10000`, `name: 98 %`; the name is at most five words.
+#: A word of a name. Bounded, as every place in a longer one would be tried.
+_REST = r"[\w@/.\-]{0,60}"
+#: `name: 12.3`, `name=12.3`, `name 12.3`, `'name': 9829/10000`, `name: 98 %`, `| name | 12.3 |`; the name is at most
+#: five words, and begins a word (not inside `5e-01`).
 _PAIR = re.compile(
-    rf"(?P<name>[A-Za-z][\w@/.\-]*(?:[ ][A-Za-z(][\w@/.\-)]*){{0,4}})['\"]?\s*(?:[:=]|->|is|of)?\s*['\"(\[$]?\s*"
+    rf"(?<![\w.])(?P<name>[A-Za-z]{_REST}(?:[ ][A-Za-z(]{_REST}){{0,4}})"
+    r"['\"]?\s*(?:[:=|│┃]|->|is|of)?\s*['\"(\[$]?\s*"
     rf"(?P<value>{_NUMBER}|nan|inf|-inf)(?![\w.]*[A-Za-z])(?:\s*/\s*(?P<of>{_NUMBER}))?\s*(?P<percent>%)?"
 )
 _NO_NAME = " \t*=>#|-["
 #: `f1` and `top5` are words of their own.
 _WORD = re.compile(r"[a-z]+\d*|\d+")
-_EVALUATION = frozenset(("test", "val", "valid", "validation", "eval", "evaluation", "dev", "heldout", "holdout"))
-_TRAINING = frozenset(("train", "training", "batch", "running"))
-_FILLING = frozenset(("set", "epoch", "avg", "average", "mean", "final", "the", "overall", "top"))
+EVALUATION = frozenset(("test", "val", "valid", "validation", "eval", "evaluation", "dev", "heldout", "holdout"))
+TRAINING = frozenset(("train", "training", "batch", "running"))
+FILLING = frozenset(("set", "epoch", "avg", "average", "mean", "final", "the", "overall", "top"))
 
 #: Words by which a metric is known to be better when higher, or lower.
 HIGHER = frozenset(
@@ -65,11 +69,13 @@ def words(name: str) -> tuple[str, ...]:
 def pairs(line: str) -> list[tuple[str, float]]:
     """Names and values in a line of text, in order. A fraction `a/b` counts as its value, a percentage as printed.
 
-    Where a line opens with `Test set:` or `Train Epoch:`, its names are of that part of the data.
+    Where a line opens with `Test set:` or `Train Epoch:`, its names are of that part of the data, and those that follow
+    a name such as `val loss` are of its part, unless it has one of that name already.
     """
     found = []
     opening = set(words(line[: len(line) - len(line.lstrip(_NO_NAME)) + 24].split(":")[0]))
-    part = "test " if opening & _EVALUATION else "train " if opening & _TRAINING else ""
+    part = "test " if opening & EVALUATION else "train " if opening & TRAINING else ""
+    seen: set[tuple[str, ...]] = set()
     for match in _PAIR.finditer(line[:2000]):
         value = float(match["value"])
         if match["of"] is not None:
@@ -79,8 +85,14 @@ def pairs(line: str) -> list[tuple[str, float]]:
                 continue
             value /= whole
         name = match["name"].strip()
-        own = set(words(name)) & (_EVALUATION | _TRAINING)
-        found.append((name if own else part + name, value))
+        said = words(name)
+        own = set(said) & (EVALUATION | TRAINING)
+        if own:
+            # An evaluation's own word, so that `val acc` goes with `val loss`.
+            part = next((f"{word} " for word in said if word in EVALUATION), "train ")
+        bare = (part, *(word for word in said if word not in own))
+        found.append((name if own or bare in seen else part + name, value))
+        seen.add(bare)
     return found
 
 
@@ -139,9 +151,9 @@ class Metric:
     def rank(self, name: str) -> int:
         """Of several names that fit, those with the lowest rank are meant: evaluation, plain, training, others."""
         extra = {word for word in words(name) if not word.isdecimal()} - set(words(self.name))
-        if extra - _EVALUATION - _TRAINING - _FILLING:
+        if extra - EVALUATION - TRAINING - FILLING:
             return 3
-        return 2 if extra & _TRAINING else 0 if extra & _EVALUATION else 1
+        return 2 if extra & TRAINING else 0 if extra & EVALUATION else 1
 
 
 def direction(name: str) -> Mode | None:
@@ -238,7 +250,7 @@ def suggestions(names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         way = direction(name)
-        if way is not None and set(words(name)) & _EVALUATION:
+        if way is not None and set(words(name)) & EVALUATION:
             found.append(f"{name}:{way}")
     return list(dict.fromkeys(found))
 

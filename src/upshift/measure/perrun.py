@@ -18,7 +18,7 @@ MODEL = "model"
 #: Figures that the books of a run hold.
 BOOKS = {
     "time": "seconds", "hours": "device_hours", "cost": "cost", "energy": "energy", "carbon": "carbon",
-    "memory": "memory", "gpu_memory": "gpu_memory",
+    "cost_per_epoch": "cost_per_epoch", "memory": "memory", "gpu_memory": "gpu_memory",
 }  # fmt: skip
 
 
@@ -180,4 +180,4 @@ def _model(values: dict[str, Value], run: Run) -> None:
         for figure, field, unit in (("parameters",) * 3, ("inference", "inference_seconds", "s")):
             value = event.values.get(field) if event.kind == MODEL else None
             if value is not None and math.isfinite(value):
-                values[figure] = _told(value, unit, "from the run's record")
+                values[figure] = _told(value, unit, event.text or "from the run's record")

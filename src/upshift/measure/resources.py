@@ -142,6 +142,7 @@ class Looker:
             energy=energy,
             energy_basis=basis,
             notes=tuple(notes),
+            power_limits=self._gpus.power_limits if self._gpus is not None else (),
         )
 
     # -- energy --------------------------------------------------------------------------------------------------

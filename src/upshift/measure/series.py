@@ -16,9 +16,10 @@ from typing import NamedTuple
 from upshift.errors import UsageError
 from upshift.measure import metrics
 from upshift.measure.metrics import Metric
+from upshift.measure.printed import is_step_loss
 from upshift.measure.stats import detect_warmup
 from upshift.records.comparison import Mode, Point
-from upshift.records.run import Run
+from upshift.records.run import PRINTED, Run
 
 #: Scalars that a script logs, copied beside the run's log.
 SCALARS = "scalars.jsonl"
@@ -78,12 +79,14 @@ def _finite(value: float | None) -> float | None:
 
 
 def events(run: Run) -> dict[str, tuple[Point, ...]]:
-    """Metrics in the log: name -> values over steps and seconds."""
+    """Metrics in the log: name -> values over steps and seconds. Of two that are called alike, one printed and one
+    logged, the logged one counts."""
     found: dict[str, list[Point]] = {}
-    times = _added_up([event.at for event in run.events], run.earlier)
-    for event, at in zip(run.events, times, strict=True):
-        if event.kind == "metrics":
-            for name, value in event.values.items():
+    kept = [event for event in run.events if event.kind == "metrics"]
+    logged = {metrics.words(name) for event in kept if event.text != PRINTED for name in event.values}
+    for event, at in zip(kept, _added_up([event.at for event in kept], run.earlier), strict=True):
+        for name, value in event.values.items():
+            if event.text != PRINTED or metrics.words(name) not in logged:
                 found.setdefault(name, []).append(Point(event.step, at, _finite(value)))
     return {name: _latest(points) for name, points in found.items()}
 
@@ -188,9 +191,13 @@ def choose(runs: Sequence[Mapping[str, Sequence[Point]]], wanted: str | None, lo
     shared = tuple(sorted(set.intersection(*map(set, runs)))) if runs else ()
     if wanted is not None:
         return _wanted(runs, Metric.parse(wanted), shared, losses_known)
-    ranked = sorted(name for name in shared if metrics.direction(name) is not None)
-    # Of an evaluation before others, then what is better when higher: a loss says less than what it stands for.
-    ranked.sort(key=lambda name: (not metrics.suggestions([name]), metrics.direction(name) != "max"))
+    # The training loss, where it is known, says more than what was logged or printed of it at single steps.
+    ranked = sorted(name for name in shared if metrics.direction(name) is not None
+                    and not (losses_known and is_step_loss(name)))  # fmt: skip
+    # Of an evaluation before others, then what is better when higher: a loss says less than what it stands for. The
+    # best so far says nothing of the end.
+    ranked.sort(key=lambda name: (not metrics.suggestions([name]), metrics.direction(name) != "max",
+                                  "best" in metrics.words(name)))  # fmt: skip
     if ranked:
         mode = metrics.direction(ranked[0]) or "max"
         others = f" of {len(shared)} that all runs have ({', '.join(shared[:8])}); name another with --metric"

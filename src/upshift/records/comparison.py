@@ -41,12 +41,13 @@ FIGURES = {
     "time": Figure("duration", "s", timed=True, tested=True),
     "hours": Figure("compute hours", "h", timed=True),
     "cost": Figure("cost", "", timed=True, tested=True),
+    "cost_per_epoch": Figure("cost per epoch", "", timed=True),
     "energy": Figure("energy", "J", timed=True, tested=True),
     "carbon": Figure("carbon", "g", timed=True),
     "memory": Figure("peak memory", "B", tested=True),
     "gpu_memory": Figure("peak accelerator memory", "B", tested=True),
     "parameters": Figure("parameters", "parameters"),
-    "inference": Figure("inference time", "s", timed=True),
+    "inference": Figure("inference time of a sample", "s", timed=True),
     "efficiency": Figure("efficiency", "", "max", "log", timed=True, tested=True),
 }
 

@@ -58,6 +58,12 @@ def _version(package: str) -> str:
         return "none"
 
 
+def own_version() -> str:
+    """The version of upshift as it is installed; empty where it runs from a folder."""
+    found = _version("upshift")
+    return "" if found == "none" else found
+
+
 def _script_path(script: str, module: bool) -> Path | None:
     """Where the code lies, found without importing anything."""
     if not module:

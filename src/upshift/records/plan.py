@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from upshift.records.quantity import Record
 from upshift.records.trial import Proof
 from upshift.records.verification import Energy, Interval
@@ -57,6 +59,29 @@ class Fingerprint(Record, frozen=True):
     """SHA-256 over the techniques and settings: an edited plan was not measured."""
 
 
+class Pace(Record, frozen=True):
+    """How long a step of the plan took when it was confirmed: what later runs with the plan are held against.
+
+    `seconds` is the median over `stretches` of about a second each, `low` and `high` are their least and their most;
+    evaluation and checkpoints apart, as in the windows of a run. `samples_per_second`: None where the batch was not
+    seen. `from_step`: steps before it pay for a cache that fills, and say nothing.
+
+    Raises:
+        ValueError: figures that are not finite, not positive or out of order.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    stretches: int
+    samples_per_second: float | None = None
+    from_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low <= self.seconds <= self.high < math.inf:
+            raise ValueError("the pace of the plan is out of order, not positive or not finite")
+
+
 class Plan(Record, frozen=True):
     """The winning plan for one script on one device."""
 
@@ -83,6 +108,10 @@ class Plan(Record, frozen=True):
     """Time to the target, stock / planned, over seeds; None where the objective is the step."""
     energy: Energy | None = None
     """Energy to the target; None where the objective is another."""
+    pace: Pace | None = None
+    """Step time of the plan itself; None where nothing was kept, or it was not timed long enough."""
+    upshift: str = ""
+    """The version that made the plan; empty: not known."""
     schema: int = SCHEMA
 
     @property

@@ -78,7 +78,7 @@ def write(path: Path, plan: Plan) -> None:
     kept = values.pop("kept", [])
     rejected = values.pop("rejected", [])
     proof = values.pop("proof", None)
-    tables = {key: values.pop(key) for key in ("fingerprint", "to_target", "energy") if key in values}
+    tables = {key: values.pop(key) for key in ("fingerprint", "pace", "to_target", "energy") if key in values}
     section = _table(values)
     for key, item in tables.items():
         section.add(key, _table(item))

@@ -76,6 +76,16 @@ class Sample(Record, frozen=True):
     gpus: tuple[GpuSample, ...] = ()
 
 
+class PowerLimit(Record, frozen=True):
+    """What the driver lets one accelerator draw, in watts: `now`, by `default`, and the range that may be set."""
+
+    name: str
+    now: float | None = None
+    default: float | None = None
+    least: float | None = None
+    most: float | None = None
+
+
 class Head(Record, frozen=True):
     """What does not change while a run goes on."""
 
@@ -93,6 +103,8 @@ class Head(Record, frozen=True):
     energy_basis: Basis = "unknown"
     notes: tuple[str, ...] = ()
     """What could not be read here, and why."""
+    power_limits: tuple[PowerLimit, ...] = ()
+    """Of the accelerators of the run, as they were when each was first used."""
 
 
 class Alarm(Record, frozen=True):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from upshift.records.quantity import Record
+from upshift.records.quantity import Quantity, Record
+
+#: Text of an event of metrics that were found in what the script prints.
+PRINTED = "printed"
 
 
 class Window(Record, frozen=True, gc=False):
@@ -59,4 +62,6 @@ class Run(Record, frozen=True):
     """How many steps the run will make in all; None: nothing says so."""
     earlier: tuple[float, ...] = ()
     """Seconds of each earlier start recorded in the same folder; `seconds` is the last one's, every `at` its own's."""
+    epochs: Quantity | None = None
+    """Passes over the training data so far, those of earlier starts of a job included; None: not recorded."""
     schema: int = 1

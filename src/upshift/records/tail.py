@@ -77,6 +77,8 @@ class Tail:
         if self._spoilt or len(rest) > MAX_LINE:
             rest, self._spoilt = b"", True
         self._rest = rest
+        if lines and all(lines) and max(map(len, lines)) <= MAX_LINE:
+            return lines
         return [line if len(line) <= MAX_LINE else SPOILT for line in lines if line]
 
     def _same(self, file: int, status: os.stat_result) -> bool:

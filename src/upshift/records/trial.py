@@ -12,7 +12,16 @@ from upshift.records.verification import Energy, Verification
 
 Rung = Literal["none", "update", "trajectory", "metric", "bitwise"]
 Outcome = Literal[
-    "faster", "slower", "less energy", "more energy", "no change", "failed", "not applicable", "not shown", "not tried"
+    "faster",
+    "slower",
+    "fits",
+    "less energy",
+    "more energy",
+    "no change",
+    "failed",
+    "not applicable",
+    "not shown",
+    "not tried",
 ]
 
 #: Rungs of the proof in order of strength.
@@ -135,6 +144,21 @@ class Trial(Record, frozen=True):
     failure: str = ""
 
 
+class Fitted(Record, frozen=True):
+    """A plan under a limit of memory that the untouched script exceeds. Bytes, all measured; None: not known.
+
+    `held` of the plan, or of what needed the least where nothing fits (`plan` says which); `script` of the untouched
+    script, None where it ran out of memory. `against`: what quality and speed were compared with; empty: the script.
+    """
+
+    limit: int
+    held: int | None
+    script: int | None
+    plan: str = ""
+    fits: bool = True
+    against: str = ""
+
+
 class TuneReport(Record, frozen=True):
     """Everything a search saw and decided, so that it can be drawn again without running anything."""
 
@@ -162,4 +186,6 @@ class TuneReport(Record, frozen=True):
     """What steps and the search cost, where a price was given."""
     energy: Energy | None = None
     """What the energy rests on, and how much less it is, where whole runs decided by it."""
+    fitted: Fitted | None = None
+    """What the plan and the script need, where memory was limited and the script needs more."""
     schema: int = 1

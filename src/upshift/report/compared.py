@@ -24,6 +24,7 @@ _GATES = {"passed": "green", "warned": "bold yellow", "failed": "bold red", "unk
 #: Told as everywhere else.
 _LEDGER: dict[str, Callable[[float, str], str]] = {
     "cost": ledger_words.money_text,
+    "cost_per_epoch": ledger_words.money_text,
     "energy": lambda value, _: ledger_words.energy_text(value),
     "carbon": lambda value, _: ledger_words.carbon_text(value),
 }
@@ -65,7 +66,7 @@ def value_text(figure: str, value: float | None, currency: str) -> str:
     unit = FIGURES[figure].unit
     if not words.finite(value):
         return words.UNKNOWN
-    if unit in ("", "steps", "parameters") and figure != "cost":
+    if unit in ("", "steps", "parameters") and figure not in _LEDGER:
         return number(value)
     if figure in _LEDGER:
         return _LEDGER[figure](value, currency)

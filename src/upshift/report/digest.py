@@ -22,7 +22,8 @@ def claim(report: TuneReport) -> Claim:
     """What the figures of a search allow to say, whatever its verdict sentence says.
 
     `win` needs a kept technique, a final pairing whose lower bound exceeds 1, and a proof that passed; or, where whole
-    runs decided, that these show the plan sooner at the target (or to need less energy) and as good at the end.
+    runs decided, that these show the plan sooner at the target (or to need less energy) and as good at the end. Where
+    the script exceeds a limit of memory, the plan has to fit and to be proven, and may be slower.
     """
     if report.kept and report.proof is not None and report.proof.rung == "metric":
         found = report.verification
@@ -31,6 +32,8 @@ def claim(report: TuneReport) -> Claim:
         return "win" if report.proof.passed and found is not None and found.answer == "as good" else "unproven"
     if report.kept:
         proven = report.proof is not None and report.proof.passed and report.proof.rung != "none"
+        if report.fitted is not None:
+            return "win" if proven and report.fitted.fits else "unproven"
         return "win" if proven and words.direction(report.final) == "faster" else "unproven"
     return "interrupted" if report.interrupted else "baseline"
 
@@ -170,6 +173,22 @@ def step_times(run: Run) -> StepTimes:
         sum(item.evaluation for item in good if words.finite(item.evaluation)),
         sum(item.checkpoint for item in good if words.finite(item.checkpoint)),
     )
+
+
+class LastMetric(NamedTuple):
+    """The newest value of a metric, and the step it was told at; None: not known, or not finite."""
+
+    value: float | None
+    step: int | None
+
+
+def last_metrics(run: Run) -> dict[str, LastMetric]:
+    """The newest value of each metric in the log, the newest first."""
+    found: dict[str, LastMetric] = {}
+    for event in reversed(run.events):
+        for name, value in event.values.items() if event.kind == "metrics" else ():
+            found.setdefault(name, LastMetric(value if words.finite(value) else None, event.step))
+    return found
 
 
 def losses(run: Run) -> list[tuple[int, float]]:

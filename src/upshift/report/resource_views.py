@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from upshift.records.ledger import Ledger
-from upshift.records.resources import Resources, Sample
+from upshift.records.resources import PowerLimit, Resources, Sample
 from upshift.report import ledger_words, words
 from upshift.report.drawing import Axis, Drawing, drawable, nice_ticks
 from upshift.report.views import Cell, Column, Figure, _figure
@@ -68,6 +68,7 @@ def resources_view(resources: Resources | None, ledger: Ledger | None, ident: st
     notes = [*(head.notes if head is not None else ())]
     if head is not None and head.energy:
         notes.append(f"Energy: {head.energy}")
+    notes += [limit_text(item) for item in head.power_limits] if head is not None else []
     if resources is not None and words.finite(resources.overhead_seconds):
         notes.append(f"Looking took {words.duration(resources.overhead_seconds)} of CPU time.")
     if resources is not None and resources.torn_lines:
@@ -85,6 +86,15 @@ def resources_view(resources: Resources | None, ledger: Ledger | None, ident: st
         "books": _books(ledger) if ledger is not None else [],
         "notes": [words.clean(note, 500) for note in notes],
     }
+
+
+def limit_text(limit: PowerLimit) -> str:
+    """`Power limit of H200 (0): 450 W (700 W by default, 200 W to 700 W can be set)`."""
+    more = [f"{limit.default:.0f} W by default"] if words.finite(limit.default) else []
+    if words.finite(limit.least) and words.finite(limit.most):
+        more.append(f"{limit.least:.0f} W to {limit.most:.0f} W can be set")
+    now = f"{limit.now:.0f} W" if words.finite(limit.now) else words.UNKNOWN
+    return f"Power limit of {limit.name}: {now}" + (f" ({', '.join(more)})" if more else "")
 
 
 def _books(ledger: Ledger) -> list[tuple[Cell, ...]]:

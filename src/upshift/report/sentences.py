@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from upshift import units
 from upshift.records.finding import Finding
 from upshift.records.measurement import Floor
-from upshift.records.plan import Plan
+from upshift.records.plan import Pace, Plan
 from upshift.records.run import Run
-from upshift.records.trial import Trial, TuneReport
+from upshift.records.trial import Fitted, Trial, TuneReport
 from upshift.records.verification import Energy, Verification
 from upshift.report import digest, words
+
+#: Metrics of a run that are named.
+MOST_METRICS = 8
 
 
 def headline(report: TuneReport) -> str:
@@ -22,6 +25,8 @@ def headline(report: TuneReport) -> str:
         return _energy_headline(report, report.energy, kind)
     if kind == "win" and report.verification is not None and report.objective != "step":
         return target_text(report.verification)
+    if report.fitted is not None and kind != "interrupted":
+        return fitted_text(report.fitted, kind)
     if kind == "win":
         return words.speedup_text(report.final)
     if kind == "interrupted":
@@ -41,6 +46,16 @@ def target_text(found: Verification) -> str:
     return f"Target {words.ratio(sooner.mean)} sooner (at least {words.ratio(sooner.low)} at 95 %, {sooner.n} seeds)"
 
 
+def fitted_text(found: Fitted, kind: digest.Claim) -> str:
+    """What fits in the limit of memory, or that nothing does; speed is said elsewhere."""
+    limit, held = units.binary(found.limit), words.UNKNOWN if found.held is None else units.binary(found.held)
+    if not found.fits:
+        return f"Nothing fits in {limit}: the least was {held}."
+    script = "ran out of memory" if found.script is None else f"needs {units.binary(found.script)}"
+    unproven = "" if kind == "win" else ", but that the result is unharmed is not shown"
+    return f"Fits in {limit}: {held} (measured peak){unproven}; the untouched script {script}."
+
+
 def less_energy(energy: Energy) -> str:
     """`less energy (estimated)`: the basis is part of the claim."""
     return f"less energy ({energy.basis})"
@@ -57,6 +72,16 @@ def energy_text(energy: Energy) -> str:
         bounds = f" ({words.ratio(energy.low)} to {words.ratio(energy.high)} at {words.percent(energy.level)})"
     amounts = f", {joules_text(energy.stock)} -> {joules_text(energy.plan)}"
     return f"{words.ratio(energy.mean)} {what} to the target{bounds}{amounts}, {energy.n} pairs"
+
+
+def pace_text(pace: Pace) -> str:
+    """`8.21 ms (8.1 ms to 8.6 ms over 9 stretches; measured), 3,897 samples/s`."""
+    text = (
+        f"{words.duration(pace.seconds)} ({words.duration(pace.low)} to {words.duration(pace.high)} over "
+        f"{pace.stretches:,} stretches; measured)"
+    )
+    rate = pace.samples_per_second
+    return f"{text}, {words.number(rate)} samples/s" if words.finite(rate) else text
 
 
 def joules_text(value: float | None) -> str:
@@ -168,6 +193,7 @@ def run_rows(run: Run) -> list[tuple[str, str]]:
         ("loss", loss),
         ("evaluation", evaluation),
         ("checkpoints", checkpoints),
+        *_quality_rows(run),
         ("techniques", words.arm_text(run.techniques)),
         ("plan", run.plan or "none"),
         ("guard", guard_text(run)),
@@ -175,6 +201,24 @@ def run_rows(run: Run) -> list[tuple[str, str]]:
     ]
     if run.torn_lines:
         rows.append(("log", f"{run.torn_lines:,} lines could not be read"))
+    return rows
+
+
+def _quality_rows(run: Run) -> list[tuple[str, str]]:
+    """Metrics, epochs and inference time, where the record holds them."""
+    rows = []
+    if found := digest.last_metrics(run):
+        told = []
+        for name, item in list(found.items())[:MOST_METRICS]:
+            value = words.UNKNOWN if item.value is None else f"{item.value:.4g}"
+            told.append(f"{words.clean(name, 60)} {value}{'' if item.step is None else f' at step {item.step:,}'}")
+        more = f" and {len(found) - len(told)} more" if len(found) > len(told) else ""
+        rows.append(("metrics", ", ".join(told) + more))
+    if run.epochs is not None and words.finite(run.epochs.value):
+        rows.append(("epochs", f"{run.epochs.value:.4g} ({words.basis_text(run.epochs)})"))
+    inference = next((item for item in reversed(run.events) if "inference_seconds" in item.values), None)
+    if inference is not None and words.finite(inference.values["inference_seconds"]):
+        rows.append(("inference", words.clean(inference.text, 300)))
     return rows
 
 

@@ -377,8 +377,9 @@ def render_run(run: Run) -> RenderableType:
 
 def _events(run: Run, most: int = 12) -> Table:
     table = _grid(("at", "right"), ("what", ""), ("", ""), header=False)
-    hidden = max(len(run.events) - most, 0)
-    for event in run.events[-most:]:
+    events = [event for event in run.events if event.kind != "metrics"]
+    hidden = max(len(events) - most, 0)
+    for event in events[-most:]:
         table.add_row(_text(words.duration(event.at), "dim"), _text(event.kind, "cyan"), _text(event.text))
     if hidden:
         table.add_row(_text(""), _text(f"{hidden:,} earlier", "dim"), _text("in the HTML report", "dim"))
@@ -402,6 +403,7 @@ def render_plan(plan: Plan) -> RenderableType:
         ("time" if plan.energy is not None else "speed-up", evidence),
         ("proof", words.proof_text(plan.proof)),
         ("step", words.duration(plan.step_seconds)),
+        *([("step with it", sentences.pace_text(plan.pace))] if plan.pace is not None else []),
         ("break-even", paid if words.finite(plan.break_even_steps) else words.UNKNOWN),
         ("one-off", words.duration(plan.one_off_seconds)),
         ("device", plan.device),

@@ -95,6 +95,10 @@ def tune_claim(report: TuneReport) -> Claim:
     if report.energy is not None and kind != "interrupted":
         big = "Not shown" if kind == "unproven" else "Keep your baseline"
         return Claim(kind, big, "", (sentences.headline(report),), words.lines(report.verdict))
+    if report.fitted is not None and kind != "interrupted":
+        big = "Fits" if kind == "win" else "Not shown" if kind == "unproven" else "Keep your baseline"
+        shown = (words.rung_text(report.proof),) if kind == "win" else ()
+        return Claim(kind, big, "", (sentences.headline(report), *shown), words.lines(report.verdict))
     if kind == "win" and report.final is not None:
         under = (f"faster, {words.bounds_text(report.final)}", words.rung_text(report.proof))
         big = words.ratio(report.final.ratio).removesuffix("x")
@@ -389,6 +393,7 @@ def run_view(run: Run, ident: str) -> dict[str, Any]:
     points = [(float(step), loss) for step, loss in seen]
     times = digest.step_times(run)
     bad = sum(not drawable(loss) for _, loss in seen)
+    events = [event for event in run.events if event.kind != "metrics"]
     lead = f"Mean over each window of the log; {len(seen):,} of {len(run.windows):,} windows read a loss."
     return {
         "id": run.id,
@@ -415,7 +420,7 @@ def run_view(run: Run, ident: str) -> dict[str, Any]:
             for name, seconds in times.phases.items()
         ],
         "event_columns": (Column("what"), Column("at"), Column("text")),
-        "events": [(Cell(event.kind), Cell(words.duration(event.at)), Cell(event.text)) for event in run.events[-500:]],
+        "events": [(Cell(event.kind), Cell(words.duration(event.at)), Cell(event.text)) for event in events[-500:]],
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -52,6 +52,8 @@ class Spec(msgspec.Struct, frozen=True):
     cpu: float = 0.0
     read: float | None = None
     written: float | None = None
+    pace: dict[str, Any] | None = None
+    """The step time of the run's plan, a `records.plan.Pace`; None: there is nothing to hold it against."""
 
     @property
     def spent(self) -> Sums:
@@ -67,13 +69,16 @@ class Started(NamedTuple):
     born: float | None = None
 
 
-def start(folder: Path, pid: int, *, period: float = 1.0, sinks: Sequence[str] = ()) -> Started:
+def start(
+    folder: Path, pid: int, *, period: float = 1.0, sinks: Sequence[str] = (), pace: dict[str, Any] | None = None
+) -> Started:
     """Start the companion of the run that process `pid` is or becomes by `exec`. Takes milliseconds, never raises.
 
     Args:
         folder: of the run, made already; `resources.jsonl`, `beside.json` and `beside.log` are written there.
         period: seconds between two looks at first.
         sinks: trackers as `upshift.sinks.trackers.check` returns them.
+        pace: see `Spec`.
     """
     if os.environ.get(OFF) == "1":
         return Started(None)
@@ -83,7 +88,7 @@ def start(folder: Path, pid: int, *, period: float = 1.0, sinks: Sequence[str] =
         spent = Tree(pid).spent()
         spec = Spec(
             pid=pid, born=born(pid), folder=str(folder.absolute()), began=time.monotonic(), period=period,
-            sinks=tuple(sinks), cpu=spent.cpu, read=spent.read, written=spent.written,
+            sinks=tuple(sinks), cpu=spent.cpu, read=spent.read, written=spent.written, pace=pace,
         )  # fmt: skip
         file = Path(spec.folder) / SPEC
         file.write_bytes(msgspec.json.encode(spec))

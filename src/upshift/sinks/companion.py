@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from upshift.measure.resources import Looker
+from upshift.records.plan import Pace
 from upshift.records.resources import FILE, Head, Sample
 from upshift.records.run import Window
 from upshift.records.runlog import LOG
@@ -32,6 +33,8 @@ SHARE = 0.0025
 #: Seconds between two checks for alarms, and samples they are told of: enough for the last half of a day.
 ALARM_EVERY, MOST_SAMPLES = 15.0, 1200
 MOST_WINDOWS = 4000
+#: Events of a log after which its steps are not those of its plan.
+CAME_OFF = ("off", "failed", "guard")
 #: Reads of the log at one check; each is bounded.
 READS = 4
 #: Failures in a row after which looking is given up.
@@ -47,6 +50,7 @@ class Companion:
         self._folder = Path(spec.folder)
         self._process = Watched(spec.pid, spec.born)
         self._lines = Lines(self._folder / FILE)
+        self._pace = msgspec.convert(spec.pace, Pace) if spec.pace else None
         self._said = 0
         self._looker: Looker | None = None
         self._head: Head | None = None
@@ -107,9 +111,13 @@ class Companion:
             return
         self._checked = at
         # Short runs end before the first check.
+        from upshift.diagnose import pace
         from upshift.diagnose.alarms import alarms
 
-        for alarm in alarms(self._samples, head, self._windows.read()):
+        windows = self._windows.read()
+        found = alarms(self._samples, head, windows)
+        slow = pace.alarm(self._pace, windows, self._samples, head) if not self._windows.changed else None
+        for alarm in found if slow is None else [*found, slow]:
             if alarm.name not in self._raised:
                 self._raised.add(alarm.name)
                 self._lines.write("alarm", compact(alarm))
@@ -210,6 +218,8 @@ class Windows:
         self._folder = folder
         self._tail: Tail | None = None
         self._found: deque[Window] = deque(maxlen=MOST_WINDOWS)
+        self.changed = False
+        """Whether techniques came off: the steps are no longer those of the plan."""
 
     def read(self) -> list[Window]:
         """All so far."""
@@ -224,6 +234,9 @@ class Windows:
                 kind = item.pop("kind")
                 if kind == "start":
                     self._found.clear()
+                    self.changed = False
+                elif kind in CAME_OFF:
+                    self.changed = True
                 elif kind == "steps":
                     try:
                         self._found.append(msgspec.convert(item, Window))

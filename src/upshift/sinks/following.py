@@ -85,6 +85,7 @@ class Follow:
 
     def __init__(self, name: str, tracker: Tracker, folder: Path) -> None:
         self.name = name
+        self.opened = False
         self._tracker = tracker
         self._feed = Feed(folder)
         self._names = Names(self._feed)
@@ -125,6 +126,7 @@ class Follow:
                     else:
                         self._began = True
                         self._tracker.begin(_discreet(item), self._feed.folder)
+                        self.opened = True
                 elif isinstance(item, Ended):
                     self._ended = item
                 elif isinstance(item, (Alarm, Event)):
@@ -266,7 +268,7 @@ def write_report(folder: Path) -> Path | None:
     """The page of the run, written whole into its folder; None where there is nothing to draw or no room."""
     from upshift.errors import UpshiftError
     from upshift.records import resources
-    from upshift.records.runlog import fold
+    from upshift.records.runfold import fold
     from upshift.report.html import render_run
 
     temporary = folder / f".{REPORT}.{os.getpid()}"

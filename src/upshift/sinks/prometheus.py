@@ -103,6 +103,7 @@ class Prometheus:
     """A sink that keeps `file` at the newest state of the run in `folder`."""
 
     name = "prometheus"
+    opened = True
 
     def __init__(self, file: Path, folder: Path) -> None:
         self.file = file

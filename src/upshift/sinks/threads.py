@@ -9,7 +9,8 @@ from pathlib import Path
 
 #: Seconds between two polls.
 EVERY = 1.0
-#: Seconds that one call may take; the first one imports the tracker and may have to find its server.
+#: Seconds that one call may take; while the tracker opens, which imports it and may have to find its server, so many.
+#: The same hold after the run: one that is still opening then may open, and then write what there is.
 PATIENCE, FIRST_PATIENCE = 30.0, 120.0
 
 
@@ -29,13 +30,15 @@ class Trackers:
             tracker.check()
 
     def close(self) -> None:
-        """Let each take in the rest and close; those that are not done in time are left behind."""
+        """Let each open, take in the rest and close; those that are not done in time are left behind.
+
+        The run is over by then, and nobody waits for this.
+        """
         for tracker in self._all:
             tracker.stop.set()
-        until = time.monotonic() + PATIENCE
+        stopped = time.monotonic()
         for tracker in self._all:
-            if not tracker.done.wait(max(until - time.monotonic(), 0.0)):
-                tracker.drop(f"was not done {PATIENCE:g} s after the run")
+            tracker.await_end(stopped)
 
 
 class _Tracker:
@@ -45,6 +48,7 @@ class _Tracker:
         self._dropped = False
         self._since: float | None = time.monotonic()
         self._limit = FIRST_PATIENCE
+        self._opened: float | None = None
         threading.Thread(target=self._run, name=spec, daemon=True).start()
 
     def check(self) -> None:
@@ -52,6 +56,23 @@ class _Tracker:
         since = self._since
         if since is not None and time.monotonic() - since > self._limit:
             self.drop(f"did not answer for {self._limit:g} s")
+
+    def await_end(self, stopped: float) -> None:
+        """Wait until it is done, as long as it may take.
+
+        Args:
+            stopped: when the run was over, as `time.monotonic` tells it.
+        """
+        while not self.done.is_set():
+            opened = self._opened
+            limit = FIRST_PATIENCE if opened is None else PATIENCE
+            left = max(stopped, opened or 0.0) + limit - time.monotonic()
+            if left <= 0.0:
+                what = "was not open" if opened is None else "was not done"
+                self.drop(f"{what} {time.monotonic() - stopped:.0f} s after the run")
+            else:
+                # Whether it has opened meanwhile is looked at again.
+                self.done.wait(min(left, EVERY))
 
     def drop(self, why: str) -> None:
         """Poll it no more. What it hangs in cannot be ended: its thread is left to itself."""
@@ -70,7 +91,9 @@ class _Tracker:
                 self._since = time.monotonic()
                 last = self.stop.is_set()
                 sink.poll()
-                self._since, self._limit = None, PATIENCE
+                if sink.opened and self._opened is None:
+                    self._opened, self._limit = time.monotonic(), PATIENCE
+                self._since = None
                 if last:
                     self._since = time.monotonic()
                     sink.close()

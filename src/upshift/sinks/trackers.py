@@ -32,6 +32,8 @@ class Sink(Protocol):
     """Something that follows a run. Both calls may raise or take long: each sink has a thread of its own."""
 
     name: str
+    opened: bool
+    """Whether the tracker has been imported and its run begun: from then on no call takes long."""
 
     def poll(self) -> None:
         """Take in what is new."""

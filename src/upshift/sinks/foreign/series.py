@@ -15,7 +15,7 @@ from typing import Literal
 
 from upshift.measure.metrics import Metric, suggestions
 from upshift.records.run import Event, Run, Window
-from upshift.records.runlog import MOST_EVENTS, MOST_WINDOWS
+from upshift.records.runfold import MOST_EVENTS, MOST_WINDOWS
 from upshift.sinks.following import METRIC, RATE, RESOURCE
 
 Status = Literal["running", "finished", "failed", "interrupted", "unknown"]
