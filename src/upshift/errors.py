@@ -15,6 +15,7 @@ UpshiftError                 1   anything upshift itself refuses or cannot do
 ├── CheckpointError          10  a checkpoint that cannot be written, or cannot be read and trusted
 │   ├── InUseError           10  another process owns the run folder
 │   └── ResumeError          10  a run folder that holds another training
+├── DoesNotFitError          13  `tune --fit`: nothing tried needs so little memory
 ├── TrainingError            12  a training that cannot go on: its loss is not finite, whatever is left out
 ├── DataError                11  data that cannot be read: bad samples beyond the budget, loader workers that die
 ├── DistributedError         75  a process that trains together with this one is gone or stands still: try again
@@ -103,6 +104,12 @@ class NotShownError(UpshiftError):
     """A plan is worse than stock on the user's metric, or was not shown to be as good."""
 
     exit_code = 9
+
+
+class DoesNotFitError(UpshiftError):
+    """No plan that was tried fits in the memory allowed."""
+
+    exit_code = 13
 
 
 class CheckpointError(UpshiftError):

@@ -148,7 +148,7 @@ def test_report_of_a_run(tmp_path, train):
     assert newest.code == named.code == 0 and newest.out == named.out == ""
     assert "train.py" in newest.err and "5" in newest.err
     from upshift.records import Run, codec
-    from upshift.records.runlog import fold
+    from upshift.records.runfold import fold
 
     assert codec.read(tmp_path / "run.json", Run) == fold(folder)
     assert "<html" in (tmp_path / "page.html").read_text()

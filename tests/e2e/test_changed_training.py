@@ -11,7 +11,7 @@ from upshift.hardware.device import device_name
 from upshift.records import planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept, Plan
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.records.trial import Proof
 
 # HAND names the changes the script makes itself. Evaluation has the plain loss, and prints the weights it has seen.

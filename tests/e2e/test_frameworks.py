@@ -17,7 +17,7 @@ from upshift.hardware.device import device_name
 from upshift.records import Plan, Proof, planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 LIGHTNING = """
 import os

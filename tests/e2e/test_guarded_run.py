@@ -12,7 +12,7 @@ from upshift.measure.band import band_of
 from upshift.records import planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept, Plan
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.records.trial import Proof
 
 # Slow enough for several windows of the record. Labels turn wrong from step 150 on where the environment says so.

@@ -14,7 +14,8 @@ from conftest import UPSHIFT, Ended, execute, python, upshift
 from kinds import BIN, FOLDER, GROUPS, KINDS, Group, Kind, assert_same, contents, write_plan
 
 from upshift.records import Measurement, codec
-from upshift.records.runlog import LOG, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import LOG
 from upshift.search.candidates import candidates
 from upshift.techniques import registry
 

@@ -20,7 +20,8 @@ from upshift.hardware.device import device_name
 from upshift.records import Plan, Proof, Run, planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept
-from upshift.records.runlog import LOG, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import LOG
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--standalone")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Ended, execute, often, python, upshift
 
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 SCRIPTS = Path(__file__).parent / "scripts"
 

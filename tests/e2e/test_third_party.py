@@ -13,7 +13,7 @@ from upshift.hardware.device import device_name
 from upshift.records import planfile
 from upshift.records.fingerprint import fingerprint
 from upshift.records.plan import Kept, Plan
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.records.trial import Proof
 from upshift.techniques import registry
 

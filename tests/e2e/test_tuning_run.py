@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import python, upshift
 
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 # Nothing of upshift's own applies: double precision, a step of its own, one core, denormals flushed. It trains until
 # the record says something: how many steps a decision takes depends on the machine.

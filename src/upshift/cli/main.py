@@ -35,8 +35,8 @@ Options go before TARGET; everything after it belongs to the script.
 Exit codes: 0 done ("keep your baseline" too), 1 beyond a limit (compare), 2 usage,
 3 plan or record unreadable, 4 no training seen, 5 the script failed, 6 disk or permissions,
 7 not isolated, 8 package missing, 9 not shown to be as good (verify), 10 checkpoint unwritable
-or unreadable, 11 data unreadable, 12 the loss stays not finite, 75 a rank was lost (try again),
-130 Ctrl-C, 143 SIGTERM (a job can be resumed).
+or unreadable, 11 data unreadable, 12 the loss stays not finite, 13 nothing fits (tune --fit),
+75 a rank was lost (try again), 130 Ctrl-C, 143 SIGTERM (a job can be resumed).
 `upshift run` exits as the script does."""
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from upshift.cli import show
+from upshift.errors import DoesNotFitError
 
 
 @click.command("tune", cls=show.ForTarget, context_settings=show.TARGET_SETTINGS)
@@ -28,7 +29,9 @@ from upshift.cli import show
               help="What the final metric may lose.  [default: 1 % of the stock value]")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(2), default=3, show_default=True,
               help="Pairs of whole runs that decide about another training.")  # fmt: skip
-@click.option("--fit", type=show.Size(), help="Memory the plan may need, such as 8GiB (of the accelerator, if any).")
+@click.option("--fit", type=show.Size(),
+              help="Memory the plan may need, such as 8GiB (of the accelerator, if any). Where the script needs more: "
+              "the fastest plan that fits.")  # fmt: skip
 @click.option("--price", type=click.FloatRange(min=0), help="Price of this machine an hour.")
 @click.option("--watts", default="", metavar="MIN:MAX",
               help="Watts of one logical core, idle and busy, where energy can only be estimated.")  # fmt: skip
@@ -118,3 +121,7 @@ def command(
         show.open_page(tuned.page)
     if tuned.report.interrupted:
         raise KeyboardInterrupt
+    if tuned.report.fitted is not None and not tuned.report.fitted.fits:
+        raise DoesNotFitError(
+            tuned.report.verdict, remedy="Allow more with --fit, or use smaller batches or a smaller model."
+        )

@@ -14,6 +14,7 @@ import msgspec
 from upshift.measure.paired import LEAST_QUADS
 from upshift.records import Measurement, Pairing, Trial
 from upshift.records.plan import Kept, Rejected
+from upshift.records.trial import Fitted
 from upshift.search.candidates import (
     DEFAULT_BUDGET,
     Candidate,
@@ -23,8 +24,11 @@ from upshift.search.candidates import (
     forecast,
     promised,
 )
+from upshift.search.concluding import break_even, said, steps_per_epoch
 from upshift.search.confirm import Confirmation, confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel
+from upshift.search.fitting import Fitting
+from upshift.search.limited import Limited, verdict
 from upshift.search.screening import LiveScreen, ProcessScreen
 from upshift.sites import Numerics, Technique
 from upshift.sites.risk import COARSE, RISK, suspicion
@@ -76,6 +80,8 @@ class Outcome:
     interrupted: bool = False
     seconds: float = 0.0
     break_even: float | None = None
+    fitted: Fitted | None = None
+    """Where memory is limited and the script needs more: what the plan needs, or what needed the least."""
 
 
 class Autopilot:
@@ -123,6 +129,7 @@ class Autopilot:
         self._dropped: dict[str, str] = {}
         self._too_short = ""
         self._final: ArmPlan = {}
+        self._limited: Limited | None = None
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -233,16 +240,22 @@ class Autopilot:
         outcome = Outcome(forecast=told)
         plan: ArmPlan = {}
         try:
-            if self._too_short:
-                for candidate in found:
-                    self._skipped(candidate, self._too_short, {})
-            elif self.seen.facts.loss_seen:
+            if self.options.fit is not None and self.seen.facts.loss_seen:
+                plan = self._make_fit(found, self.options.fit)
+            if self._limited is not None:
+                live, process = ([item for item in items if self._may_speed_up(item)] for items in (live, process))
+            if self._limited is not None and not plan:
+                live, process = [], []
+            elif self._too_short:
+                for candidate in (*live, *process):
+                    self._skipped(candidate, self._too_short, plan)
+                live, process = [], []
+            if self.seen.facts.loss_seen:
                 first, later = self._by_promise(live, process)
-                plan = self._screen_live(first, {})
+                plan = self._screen_live(first, plan)
                 plan = self._screen_process(process, plan)
                 plan = self._screen_live(later, plan)
-            doubt = {} if plan else self._unresolved()
-            confirmation = self._confirm(plan or doubt, everything=bool(doubt)) if plan or doubt else None
+            confirmation = self._confirmed(plan)
         except KeyboardInterrupt:
             outcome.interrupted = True
             confirmation = None
@@ -251,6 +264,36 @@ class Autopilot:
         outcome.trials = tuple(self.trials)
         outcome.seconds = time.monotonic() - self.began
         return outcome
+
+    def _make_fit(self, found: list[Candidate], limit: int) -> ArmPlan:
+        """The fastest plan within the limit where the script needs more; empty where it does not, or nothing fits."""
+        fit = Fitting(
+            self._duel, limit, self.techniques, self.step, say=self.say, add=self._add,
+            time_for=lambda seconds: self._left() - seconds > self._reserve(),
+        ).search(found)  # fmt: skip
+        if fit.script_fits or not (fit.stock.held or fit.stock.starved):
+            return {}
+        self._limited = Limited(
+            fit, self._duel, lambda plan, reference, seconds: self._confirm_once(plan, seconds, reference),
+            self.numerics, lambda plan: self._riskiest(plan, self.numerics(plan)), say=self.say, add=self._add,
+        )  # fmt: skip
+        if fit.fits:
+            self.step = fit.fits[0].step or self.step
+        return self._limited.lean
+
+    def _may_speed_up(self, candidate: Candidate) -> bool:
+        """Whether a candidate is worth a trial on top of a plan that fits, and has not been tried for its memory."""
+        return not self.techniques[candidate.name].card.saves_memory
+
+    def _confirmed(self, plan: ArmPlan) -> Confirmation | None:
+        """What is confirmed of what was screened."""
+        if self._limited is not None:
+            seconds = min(max(self.options.budget * CONFIRM_SHARE, 20.0), max(self._left() - 2 * self.startup, 15.0))
+            self._final, found = self._limited.confirmed(plan, seconds) if plan else ({}, None)
+            self._dropped |= self._limited.dropped
+            return found
+        doubt = {} if plan else self._unresolved()
+        return self._confirm(plan or doubt, everything=bool(doubt)) if plan or doubt else None
 
     def _unresolved(self) -> ArmPlan:
         """The candidate that looked best where no trial could tell: the time that is left goes into its confirmation.
@@ -350,7 +393,9 @@ class Autopilot:
             return  # a better setting of it is already in
         other = conflicting(candidate.name, base, self.techniques)
         if other:
-            self._skipped(candidate, f"conflicts with {other}, which is faster", base)
+            needed = self._limited is not None and other in self._limited.lean
+            why = "without which the plan does not fit" if needed else "which is faster"
+            self._skipped(candidate, f"conflicts with {other}, {why}", base)
             return
         refusal = self._pays(candidate, cost)
         if refusal:
@@ -378,8 +423,6 @@ class Autopilot:
         Args:
             everything: spend all the time that is left on it.
         """
-        has_dropout = any("Dropout" in layer for model in self.seen.facts.models for layer in model.layers)
-        live = {name: self.techniques[name].card.switchable == "live" for name in plan}
         last: Confirmation | None = None
         for attempt in range(3):
             if not plan:
@@ -389,22 +432,7 @@ class Autopilot:
             share = spare if everything else self.options.budget * CONFIRM_SHARE
             seconds = min(max(share, 20.0), max(spare, 15.0))
             try:
-                last = confirm(
-                    self._duel,
-                    plan,
-                    seconds,
-                    numerics=max(kinds.values(), key=RISK.__getitem__),
-                    precision=max((self.techniques[name].card.precision for name in plan), key=COARSE.index),
-                    live=live,
-                    has_dropout=has_dropout,
-                    rescaled=self.seen.facts.grad_scaler,
-                    steps_per_epoch=self.steps_per_epoch,
-                    fills=any(self.techniques[name].card.one_off and "data" in self.techniques[name].card.targets
-                              for name in plan),
-                    targets=frozenset(phase for name in plan for phase in self.techniques[name].card.targets),
-                    say=self.say,
-                    attribute_seconds=min(self.options.budget * ATTRIBUTION_SHARE, max(self._left(), 8.0)),
-                )  # fmt: skip
+                last = self._confirm_once(plan, seconds)
             except ArmFailed as failed:
                 dropped = failed.techniques or (self._riskiest(plan, kinds),)
                 self._add(
@@ -431,6 +459,30 @@ class Autopilot:
             plan = {name: settings for name, settings in plan.items() if name != riskiest}
         return last
 
+    def _confirm_once(self, plan: ArmPlan, seconds: float, reference: ArmPlan | None = None) -> Confirmation:
+        """One confirmation of a plan against the untouched script, or what stands for it.
+
+        Raises:
+            ArmFailed: an arm crashed or hung.
+        """
+        kinds, cards = self.numerics({**(reference or {}), **plan}), [self.techniques[name].card for name in plan]
+        return confirm(
+            self._duel,
+            plan,
+            seconds,
+            numerics=max(kinds.values(), key=RISK.__getitem__),
+            precision=max((card.precision for card in cards), key=COARSE.index),
+            live={card.name: card.switchable == "live" for card in cards},
+            has_dropout=any("Dropout" in layer for model in self.seen.facts.models for layer in model.layers),
+            rescaled=self.seen.facts.grad_scaler,
+            steps_per_epoch=self.steps_per_epoch,
+            fills=any(card.one_off and "data" in card.targets for card in cards),
+            targets=frozenset(phase for card in cards for phase in card.targets),
+            say=self.say,
+            attribute_seconds=min(self.options.budget * ATTRIBUTION_SHARE, max(self._left(), 8.0)),
+            reference=reference,
+        )
+
     def _riskiest(self, plan: ArmPlan, kinds: Mapping[str, Numerics]) -> str:
         """The technique most likely to have failed a proof."""
         return max(plan, key=lambda name: suspicion(kinds[name], self.techniques[name].card.precision))
@@ -439,14 +491,15 @@ class Autopilot:
 
     def _conclude(self, outcome: Outcome, confirmation: Confirmation | None) -> None:
         plan = self._final
-        good = (
+        lean = self._limited.lean if self._limited is not None else {}
+        good = (bool(lean and plan) and confirmation is not None) or (
             confirmation is not None
             and confirmation.proof.passed
             and confirmation.decision == "faster"
             and confirmation.pairing is not None
         )
         kept: list[Kept] = []
-        if good and confirmation is not None and confirmation.pairing is not None:
+        if good and confirmation is not None:
             kinds = self.numerics(plan)
             for name, settings in plan.items():
                 if name in confirmation.no_effect:
@@ -465,10 +518,16 @@ class Autopilot:
                         attribution=None if alone is None else alone.ratio,
                         attribution_low=None if alone is None else alone.low,
                         attribution_high=None if alone is None else alone.high,
-                        note="" if alone is not None else _NOT_ALONE if screened is not None else _NOT_SCREENED,
+                        note=_NEEDED
+                        if name in lean
+                        else ""
+                        if alone is not None
+                        else _NOT_ALONE
+                        if screened is not None
+                        else _NOT_SCREENED,
                     )
                 )
-            outcome.break_even = _break_even(confirmation)
+            outcome.break_even = break_even(confirmation)
         outcome.kept = tuple(kept)
         names = {item.name for item in kept}
         rejected: dict[str, Rejected] = {}
@@ -488,7 +547,11 @@ class Autopilot:
                 high=None if pairing is None else pairing.high,
             )
         outcome.rejected = tuple(rejected.values())
-        outcome.verdict = self._verdict(outcome, confirmation, bool(kept))
+        outcome.verdict = said(outcome, confirmation, self.trials, loss_seen=self.seen.facts.loss_seen)
+        if self._limited is not None:
+            outcome.fitted = self._limited.fitted({item.name: item.settings for item in kept}, confirmation)
+            pairing, proof = (None, None) if confirmation is None else (confirmation.pairing, confirmation.proof)
+            outcome.verdict = verdict(outcome.fitted, bool(kept), pairing, proof, outcome.interrupted)
 
     def _screened(self, name: str) -> Pairing | None:
         for trial in self.trials:
@@ -496,54 +559,11 @@ class Autopilot:
                 return trial.pairing
         return None
 
-    def _verdict(self, outcome: Outcome, confirmation: Confirmation | None, good: bool) -> str:
-        if good and confirmation is not None and confirmation.pairing is not None:
-            pairing, proof = confirmation.pairing, confirmation.proof
-            names = " + ".join(item.name for item in outcome.kept)
-            text = (
-                f"{names}: {pairing.ratio:.2f}x faster steps (at least {pairing.low:.2f}x at 99 %, "
-                f"{pairing.quads} quads); quality shown to rung '{proof.rung}' over {proof.steps} steps."
-            )
-            if proof.weaker:
-                text += f" The proof is weaker than usual: {proof.weaker}."
-            if outcome.break_even:
-                text += f" One-off costs pay back after {outcome.break_even:,.0f} steps."
-            return text
-        if outcome.interrupted:
-            return "Interrupted before anything was confirmed: keep your baseline (tune --resume goes on from here)."
-        if not self.seen.facts.loss_seen:
-            return "Keep your baseline: no scalar loss was seen at a backward call, so quality cannot be shown."
-        if confirmation is not None and not confirmation.proof.passed:
-            return f"Keep your baseline: faster, but quality was not shown: {confirmation.proof.reason}."
-        if confirmation is not None:
-            return "Keep your baseline: what looked faster when screened was not confirmed in fresh processes."
-        tried = [trial for trial in self.trials if trial.stage == "screen" and trial.outcome != "not tried"]
-        if not tried:
-            skipped = next((trial.reason for trial in self.trials if trial.outcome == "not tried"), "nothing applies")
-            return f"Keep your baseline: nothing was tried ({skipped})."
-        return "Keep your baseline: nothing tried made the training step faster beyond the noise."
 
-
+_NEEDED = "without it the plan does not fit"
 _NOT_ALONE = "taken alone: not resolved; the figure is from screening"
 _NOT_SCREENED = "not resolved when screened: the plan's own figure is the evidence"
 
 
 def _ratio(trial: Trial) -> float:
     return trial.pairing.ratio if trial.pairing is not None else 1.0
-
-
-def _break_even(confirmation: Confirmation) -> float | None:
-    pairing = confirmation.pairing
-    if pairing is None or confirmation.one_off <= 0:
-        return None
-    saved = pairing.reference_step - pairing.candidate_step
-    return confirmation.one_off / saved if saved > 0 else None
-
-
-def steps_per_epoch(seen: Measurement) -> float | None:
-    """Global steps an epoch of the training loader makes; None without one."""
-    for loader in seen.facts.loaders:
-        if loader.training and loader.samples and loader.batch_size:
-            batches = -(-loader.samples // loader.batch_size)
-            return max(batches / max(seen.anatomy.micro_batches.or_else(1.0), 1.0), 1.0)
-    return None

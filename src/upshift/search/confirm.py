@@ -16,9 +16,11 @@ import msgspec
 
 from upshift.measure.band import band_of
 from upshift.measure.lag import lag
+from upshift.measure.pace import pace_of
 from upshift.measure.paired import Sequential
 from upshift.measure.updates import Precision, check_updates
 from upshift.records import Pairing, Proof
+from upshift.records.plan import Pace
 from upshift.records.trial import UpdateCheck
 from upshift.search.accept import accept
 from upshift.search.alike import parted
@@ -46,6 +48,10 @@ class Confirmation:
     stock_step: float = 0.0
     isolation: str = ""
     ended: bool = False
+    pace: Pace | None = None
+    held: int = 0
+    """The most bytes the planned arm held, and the reference."""
+    reference_held: int = 0
 
 
 def updates_of(folder: Path, step: int) -> dict[str, Any] | None:
@@ -99,10 +105,12 @@ def confirm(
     targets: frozenset[str],
     say: Callable[[str], None],
     attribute_seconds: float = 0.0,
+    reference: ArmPlan | None = None,
 ) -> Confirmation:
     """Run stock and plan side by side for about `seconds` and judge speed and quality.
 
     Args:
+        reference: what stands for stock where the untouched script cannot run; None: the untouched script.
         numerics: the weakest kind among the techniques of the plan.
         precision: the coarsest among the techniques of the plan: what the updates may differ by.
         live: technique -> whether it can be switched off alone, for leave-one-out attribution.
@@ -116,8 +124,8 @@ def confirm(
     duel = make()
     began = time.monotonic()
     try:
-        say("confirmation: starting the untouched script")
-        a = duel.start({}, options={"updates": True})
+        say(f"confirmation: starting {'the plan it is compared with' if reference else 'the untouched script'}")
+        a = duel.start(dict(reference or {}), options={"updates": True})
         say("confirmation: starting the planned script")
         b = duel.start(plan, options={"updates": True})
         ended = False
@@ -151,6 +159,9 @@ def confirm(
             pairing = within_reach(with_epochs(pairing, a, b, steps_per_epoch), a, targets)
             if decision == "faster" and pairing.low <= 1.01:
                 decision = "no change"
+        # Before the late step and the attribution, which are no steps of a run.
+        from_step = UPDATE_STEPS + int(steps_per_epoch or 0) if fills else 0
+        pace = pace_of(list(b.seconds.values())[max(from_step, UPDATE_STEPS) :], from_step=from_step)
         proof = judge(duel, a, b, numerics=numerics, checks=checks, paired=paired, has_dropout=has_dropout, ended=ended)
         if proof.passed and numerics is Numerics.ROUNDING and proof.rung != "bitwise" and not (ended or rescaled):
             say("confirmation: one late step from the same state")
@@ -169,6 +180,9 @@ def confirm(
             stock_step=duel.step(0),
             isolation=a.isolation,
             ended=ended,
+            pace=pace,
+            held=duel.held(b),
+            reference_held=duel.held(a),
         )
     finally:
         duel.close()

@@ -41,6 +41,10 @@ class ArmFailed(Exception):
         self.techniques = techniques
 
 
+class TooLarge(ArmFailed):
+    """The candidate holds more than it may."""
+
+
 @dataclass
 class Arm:
     """What one process has done so far."""
@@ -167,9 +171,14 @@ class Duel:
     def _check_room(self, arm: Arm) -> None:
         if self.fit is None:
             return
-        held = arm.device_memory or max(arm.resident, arm.child.memory()[0])
+        held = self.held(arm)
         if held > self.fit:
-            raise ArmFailed(arm.number, f"needs {binary(held)} (measured), --fit allows {binary(self.fit)}")
+            raise TooLarge(arm.number, f"needs {binary(held)} (measured), --fit allows {binary(self.fit)}")
+
+    def held(self, arm: Arm) -> int:
+        """The most bytes an arm has held so far: on the accelerator where it uses one, else its processes in host
+        memory."""
+        return arm.device_memory or max(arm.resident, arm.child.memory()[0])
 
     def replace(self, number: int, plan: ArmPlan, *, options: dict[str, Any] | None = None) -> Arm:
         """End an arm and start another in its place."""

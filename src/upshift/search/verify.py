@@ -19,7 +19,7 @@ from upshift.errors import ScriptFailedError, UsageError
 from upshift.measure.metrics import Metric, Reader
 from upshift.measure.noninferior import interval, judge, ratio, spread
 from upshift.measure.power import Meter
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 from upshift.records.verification import Arm, Energy, Interval, Verification, WholeRun
 from upshift.search.duel import ArmPlan
 from upshift.sites.runner import Child, ChildSpec, Runner
