@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from upshift.api import watching
 from upshift.errors import RecordError
 from upshift.hardware.rates import Rates
-from upshift.records import resources, runlog, tail
-from upshift.records.runlog import LOG, Incremental, RunLog, fold
+from upshift.records import resources, runfold, tail
+from upshift.records.runfold import Incremental, fold
+from upshift.records.runlog import LOG, RunLog
 from upshift.records.tail import MAX_LINE, SPOILT, Tail
 
 START = {"script": "train.py", "arguments": [], "started": "2026-01-01 00:00:00", "pid": 2**22 + 5}
@@ -80,7 +81,7 @@ def test_read_in_pieces_it_is_what_it_is_as_a_whole(tmp_path_factory, items, cut
     whole = written(items)
     edges = [0, *sorted(cut % len(whole) for cut in cuts), len(whole)]
     (folder / LOG).touch()
-    kept, runlog.MOST_WINDOWS = runlog.MOST_WINDOWS, most
+    kept, runfold.MOST_WINDOWS = runfold.MOST_WINDOWS, most
     try:
         reading = Incremental(folder)
         for a, b in pairwise(edges):
@@ -90,15 +91,15 @@ def test_read_in_pieces_it_is_what_it_is_as_a_whole(tmp_path_factory, items, cut
         steps = sum(n for kind, n in items if kind == "steps")
         assert sum(item.n for item in reading.run().windows) == steps
     finally:
-        runlog.MOST_WINDOWS = kept
+        runfold.MOST_WINDOWS = kept
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     started(tmp_path)
     add(tmp_path, *(window(i) for i in range(500)))
     seen: list[bytes] = []
-    real = runlog._Folded.lines
-    monkeypatch.setattr(runlog._Folded, "lines", lambda self, lines: (seen.extend(lines), real(self, lines)))
+    real = runfold._Folded.lines
+    monkeypatch.setattr(runfold._Folded, "lines", lambda self, lines: (seen.extend(lines), real(self, lines)))
     reading = Incremental(tmp_path)
     reading.advance()
     assert len(seen) == 501
@@ -110,7 +111,7 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
 
 
 def test_a_long_run_is_kept_equally_fine_from_its_first_step_to_its_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog, "MOST_WINDOWS", 64)
+    monkeypatch.setattr(runfold, "MOST_WINDOWS", 64)
     started(tmp_path)
     add(tmp_path, *(window(i, loss=float(i)) for i in range(20_000)))
     kept = fold(tmp_path).windows
@@ -161,7 +162,7 @@ def test_an_endless_line_is_one_spoilt_line(tmp_path, cut):
 
 
 def test_head_and_tail_of_a_long_log_show_how_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog, "GLIMPSE", 10_000)
+    monkeypatch.setattr(runfold, "GLIMPSE", 10_000)
     started(tmp_path, pid=os.getpid(), steps_planned=9000)
     add(tmp_path, *(window(i, loss=1.0) for i in range(3000)))
     add(tmp_path, line("metrics", at=1.0, text="acc", step=3000, values={"acc": 0.5}), b'{"kind":"st')
@@ -180,11 +181,11 @@ def test_a_glimpse_of_a_short_log_is_all_of_it(tmp_path_factory, count, size):
     folder = tmp_path_factory.mktemp("run")
     started(folder)
     add(folder, *(window(i) for i in range(count)))
-    kept, runlog.GLIMPSE = runlog.GLIMPSE, size
+    kept, runfold.GLIMPSE = runfold.GLIMPSE, size
     try:
         view = Incremental(folder).glimpse()
     finally:
-        runlog.GLIMPSE = kept
+        runfold.GLIMPSE = kept
     assert view.run.steps == count and view.run.torn_lines == 0
     if (folder / LOG).stat().st_size <= 2 * size:
         assert view.run == fold(folder)

@@ -7,13 +7,13 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from rank_threads import Threads
 from safetensors.torch import load_file
 
 from upshift.checkpoint import Store
@@ -232,46 +232,8 @@ def test_leftovers_go_at_the_next_start(tmp_path):
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 
-class Threads:
-    """Two ranks as threads, with gather and broadcast of their own."""
-
-    def __init__(self, world=2):
-        self.world, self.barrier, self.slots = world, threading.Barrier(world, timeout=20), [None] * world
-
-    def exchange(self, rank, obj):
-        self.slots[rank] = msgspec.json.decode(msgspec.json.encode(obj))
-        self.barrier.wait()
-        found = list(self.slots)
-        self.barrier.wait()
-        return found
-
-    def run(self, act):
-        results = [None] * self.world
-
-        def one(rank):
-            store = Store(
-                self.folder, rank, self.world,
-                gather=lambda obj: found if (found := self.exchange(rank, obj)) and rank == 0 else None,
-                broadcast=lambda obj: self.exchange(rank, obj)[0],
-            )  # fmt: skip
-            try:
-                results[rank] = act(rank, store)
-            except CheckpointError as error:
-                results[rank] = error
-            finally:
-                store.close()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
 def test_two_ranks_write_one_checkpoint_and_each_gets_its_own(tmp_path):
-    ranks = Threads()
-    ranks.folder = tmp_path
+    ranks = Threads(tmp_path)
 
     def act(rank, store):
         store.acquire()
@@ -289,8 +251,7 @@ def test_two_ranks_write_one_checkpoint_and_each_gets_its_own(tmp_path):
 
 
 def test_a_failure_on_one_rank_is_one_on_all(tmp_path):
-    ranks = Threads()
-    ranks.folder = tmp_path
+    ranks = Threads(tmp_path)
 
     def act(rank, store):
         store.acquire()
@@ -304,8 +265,7 @@ def test_a_failure_on_one_rank_is_one_on_all(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_on_all_ranks(tmp_path):
-    ranks = Threads()
-    ranks.folder = tmp_path
+    ranks = Threads(tmp_path)
     with Store(tmp_path):
         assert all(isinstance(found, InUseError) for found in ranks.run(lambda rank, store: store.acquire()))
 

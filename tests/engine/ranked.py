@@ -213,6 +213,15 @@ def train(
     return losses
 
 
+def gathered(state: Any) -> Any:
+    """A tree with each sharded tensor whole, by torch's own gathering; all ranks call it."""
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered(value) for value in state)
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
 def numbers(state: Any) -> Any:
     """A tree with tensors as one of lists."""
     if isinstance(state, dict):

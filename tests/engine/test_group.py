@@ -11,7 +11,6 @@ from ranked import adamw, build, train
 from upshift.engine.group import Group
 from upshift.engine.plainstate import load_model_state, load_optimizer_state, model_state, optimizer_state
 from upshift.engine.preflight import Ready, preflight
-from upshift.engine.scaling import efficiency, sentence
 from upshift.engine.wrapping import blocks
 from upshift.errors import UsageError
 
@@ -66,24 +65,24 @@ def test_states_go_round_and_reading_them_changes_nothing():
     group = Group(torch.device("cpu"))
     model = build()
     optimizer = adamw([{"params": model.blocks.parameters()}, {"params": model.head.parameters(), "lr": 0.1}])
-    assert optimizer_state(group, model, optimizer)["state"] == {}
+    assert optimizer_state(model, optimizer)["state"] == {}
     train(group, model, model, optimizer, 2)
-    weights, state = model_state(group, model), optimizer_state(group, model, optimizer)
+    weights, state = model_state(model), optimizer_state(model, optimizer)
     assert weights.keys() == model.state_dict().keys()
     assert state["param_groups"][1]["params"] == ["head.weight", "head.bias"]
     assert state["state"]["head.bias"]["step"] == 2
     other = build()
     again = adamw([{"params": other.blocks.parameters()}, {"params": other.head.parameters()}])
-    load_model_state(group, other, {key: value.clone() for key, value in weights.items()})
-    load_optimizer_state(group, other, again, copy.deepcopy(state))
+    load_model_state(other, {key: value.clone() for key, value in weights.items()})
+    load_optimizer_state(other, again, copy.deepcopy(state))
     assert again.param_groups[1]["lr"] == 0.1 and isinstance(again.param_groups[0]["betas"], tuple)
     assert train(group, other, other, again, 2, first=2) == train(group, model, model, optimizer, 2, first=2)
     with pytest.raises(UsageError, match="other parameters"):
-        load_optimizer_state(group, other, adamw(other.parameters()), state)
+        load_optimizer_state(other, adamw(other.parameters()), state)
     with pytest.raises(UsageError, match=r"missing: never, blocks.0.norm.weight, .*and 11 more"):
-        load_model_state(group, other, {"head.bias": weights["head.bias"], "seen": weights["seen"]})
+        load_model_state(other, {"head.bias": weights["head.bias"], "seen": weights["seen"]})
     with pytest.raises(UsageError, match=r"head.bias is \[2\], should be \[1\]"):
-        load_model_state(group, other, {**weights, "head.bias": torch.ones(2)})
+        load_model_state(other, {**weights, "head.bias": torch.ones(2)})
 
 
 def test_blocks_are_the_repeated_ones_unless_weights_are_shared():
@@ -92,12 +91,3 @@ def test_blocks_are_the_repeated_ones_unless_weights_are_shared():
     model.blocks[1].up.weight = model.blocks[0].up.weight
     assert blocks(model) == []
     assert blocks(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))) == []
-
-
-def test_scaling_efficiency_is_unknown_without_one_rank_alone():
-    assert efficiency(1500.0, 2, 1000.0).value == 0.75
-    assert not efficiency(1500.0, 2, None).known
-    assert "75 % of 2 times one rank alone" in sentence(1500.0, 2, 1000.0)
-    assert "unknown" in sentence(1500.0, 2, None)
-    with pytest.raises(ValueError, match="positive"):
-        efficiency(0.0, 2, None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranked
 import torch
-from ranked import BATCH, adamw, build, numbers, train
+from ranked import BATCH, adamw, build, gathered, numbers, train
 
 from upshift.engine.group import Group
 from upshift.engine.plainstate import load_model_state, load_optimizer_state, model_state, optimizer_state
@@ -22,7 +22,7 @@ def alone(steps: int = STEPS, micro: int = BATCH) -> tuple[list[float], Any, Any
     model = build()
     optimizer = adamw(model.parameters())
     losses = train(group, model, group.wrap(model), optimizer, steps, micro=micro)
-    return losses, numbers(model_state(group, model)), numbers(optimizer_state(group, model, optimizer))
+    return losses, numbers(model_state(model)), numbers(optimizer_state(model, optimizer))
 
 
 def same(found: Any, expected: Any, path: str = "") -> None:
@@ -59,10 +59,10 @@ def _trained(group: Any, kind: str, micro: int) -> Any:
     losses = train(group, model, module, optimizer, STEPS, micro=micro)
     with torch.no_grad():
         module(torch.ones(1, ranked.WIDTH, dtype=torch.float64))
-    weights = numbers(model_state(group, module))
+    weights = numbers(gathered(model_state(module)))
     own = numbers(model.state_dict()) if kind == "ddp" else None
     return {"losses": losses, "weights": weights, "own": own,
-            "optimizer": numbers(optimizer_state(group, module, optimizer))}  # fmt: skip
+            "optimizer": numbers(gathered(optimizer_state(module, optimizer)))}  # fmt: skip
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, [("ddp", 12), ("ddp", 5), ("fsdp2", 6)]), (4, [("fsdp2", 6)])])
@@ -76,7 +76,7 @@ def test_ranks_train_as_one_process_does(tmp_path, world, cases):
         same(found["optimizer"], optimizer)
         for other in others:
             assert other[number]["losses"] == found["losses"]
-            assert other[number]["weights"] == {} and other[number]["optimizer"] == {}
+            assert other[number]["weights"] == found["weights"] and other[number]["optimizer"] == found["optimizer"]
             assert other[number]["own"] == found["own"]
 
 
@@ -87,11 +87,11 @@ def _stop_and_go_on(kind: str, path: str, first: int) -> Any:
         module = group.wrap(model, kind)
         optimizer = adamw(model.parameters())
         if first:
-            found = torch.load(path, weights_only=True) if group.main else {"model": {}, "optimizer": {}}
-            load_model_state(group, module, found["model"])
-            load_optimizer_state(group, module, optimizer, found["optimizer"])
+            found = torch.load(path, weights_only=True)
+            load_model_state(module, found["model"])
+            load_optimizer_state(module, optimizer, found["optimizer"])
         train(group, model, module, optimizer, 2, first=first, micro=6)
-        state = {"model": model_state(group, module), "optimizer": optimizer_state(group, module, optimizer)}
+        state = gathered({"model": model_state(module), "optimizer": optimizer_state(module, optimizer)})
         if group.main:
             torch.save(state, path)
         group.barrier()
@@ -129,7 +129,7 @@ def _out_of_memory() -> Any:
         module = group.wrap(model, "ddp")
         optimizer = adamw(model.parameters())
         losses = train(group, model, module, optimizer, STEPS, micro=6, trouble=trouble)
-        return [raised, losses, numbers(model_state(group, module)), numbers(optimizer_state(group, module, optimizer))]
+        return [raised, losses, numbers(model_state(module)), numbers(optimizer_state(module, optimizer))]
 
 
 def test_out_of_memory_on_one_rank_repeats_the_step_on_all(tmp_path):
@@ -179,7 +179,7 @@ def _talk() -> Any:
         except Exception as error:
             found["sparse"] = str(error)
         try:
-            load_model_state(group, module, {"other": torch.ones(2)} if group.main else {})
+            load_model_state(module, {"other": torch.ones(2)})
         except Exception as error:
             found["state"] = str(error)
         return found

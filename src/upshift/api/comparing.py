@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from upshift.api.stored import search_behind
+from upshift.api.stored import search_behind, taken_away
 from upshift.errors import RecordError, UpshiftError, UsageError
 from upshift.records.comparison import Comparison
 from upshift.records.run import Run
-from upshift.records.runlog import LOG, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import LOG
 
 if TYPE_CHECKING:
     from upshift.hardware.rates import Rates
@@ -165,7 +166,9 @@ def _seen(folder: Path, known: Rates) -> Seen:
             remedy="It may come from another version of upshift, or have been damaged.",
         )
     metrics = {**series.scalars(folder), **series.events(run)}
-    return Seen(run, ledger.ledger(run, resources.read(folder), known, search_behind(run.plan)), metrics, str(folder))
+    used = resources.read(folder)
+    books = ledger.ledger(run, used, known, search_behind(run.plan), spot=taken_away(known))
+    return Seen(run, books, metrics, str(folder))
 
 
 def _check_version(folder: Path) -> None:

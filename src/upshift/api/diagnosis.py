@@ -16,6 +16,7 @@ from upshift.errors import RecordError
 from upshift.hardware import machine
 from upshift.hook.process import HookRunner
 from upshift.records import Finding, Measurement, codec
+from upshift.records.plan import Setting
 from upshift.sites.runner import ChildSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class DiagnoseOptions:
     probe: bool = True
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, dict[str, Setting]] = field(default_factory=dict)
+    """Techniques that the script is watched with: empty, but where it cannot run without them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ def diagnose(target: Target, options: DiagnoseOptions | None = None, say: Say = 
     target = target.check().script
     spec = child(target, options, "diagnose")
     spec = msgspec.structs.replace(
-        spec, options={**spec.options, "seconds": options.seconds, "trace": "trace" if options.trace else ""}
-    )
+        spec, plan=options.plan,
+        options={**spec.options, "seconds": options.seconds, "trace": "trace" if options.trace else ""},
+    )  # fmt: skip
 
     def progress(steps: int, seconds: float) -> None:
         say(f"watching: {steps} steps, {seconds:.0f} of at most {options.seconds:.0f} s")

@@ -42,6 +42,8 @@ class JobSpec(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     environment: dict[str, str] = {}
     track: list[str] | None = None
     """Trackers of the run; None: nothing is sampled beside it either."""
+    pace: dict[str, Any] | None = None
+    """Of the plan, where the steps can be held against it."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ def run_job(target: Target, options: JobOptions, say: Say) -> NoReturn:
     spec = extended(
         JobSpec, msgspec.structs.replace(options.execution, micro_batch=micro_batch), out=str(folder),
         settings=settings, plan=chosen.techniques, plan_file=chosen.file, quiet=options.quiet, environment=described,
-        track=track,
+        track=track, pace=_pace(chosen, options, launcher),
     )  # fmt: skip
     env[SPEC] = msgspec.json.encode(spec).decode()
     command = [*launcher, "-m", ENTRY, reference] if launcher else [sys.executable, "-m", ENTRY, reference]
@@ -107,7 +109,14 @@ def owned(spec: JobSpec, out: Path, say: Say) -> None:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0:
             return
         pid = os.getppid()
-    follow(out, pid, spec.track, say)
+    follow(out, pid, spec.track, say, spec.pace)
+
+
+def _pace(chosen: choosing.Chosen, options: JobOptions, launcher: list[str]) -> dict[str, Any] | None:
+    """What the steps are held against: the plan's, where they are executed as they were when it was made."""
+    execution = options.execution
+    as_tuned = not (launcher or options.search_micro_batch or execution.micro_batch or execution.loader)
+    return chosen.pace if as_tuned and not execution.device else None
 
 
 def _launcher(target: Target, options: JobOptions) -> list[str]:

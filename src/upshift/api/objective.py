@@ -202,7 +202,7 @@ def joined(
     )
     if kept != plan.kept:
         # The figures of the plan by step time belong to another set of techniques.
-        plan = replace(plan, speedup=None, low=None, high=None, pairs=0, break_even_steps=None)
+        plan = replace(plan, speedup=None, low=None, high=None, pairs=0, break_even_steps=None, pace=None)
     techniques = {item.name: dict(item.settings) for item in kept}
     plan = replace(
         plan, kept=kept, proof=proof, objective=objective.kind, verdict=sought.verdict,

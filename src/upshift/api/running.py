@@ -60,11 +60,15 @@ def _wanted(options: RunOptions) -> choosing.Wanted:
     )
 
 
-def follow(folder: Path, pid: int, track: Sequence[str], say: Say) -> None:
-    """Start the process beside a run that samples resources and feeds trackers; training never waits for it."""
+def follow(folder: Path, pid: int, track: Sequence[str], say: Say, pace: dict[str, Any] | None = None) -> None:
+    """Start the process beside a run that samples resources and feeds trackers; training never waits for it.
+
+    Args:
+        pace: of the plan, where the run is one process as it was when the plan was made.
+    """
     from upshift.sinks import beside
 
-    started = beside.start(folder, pid, sinks=track)
+    started = beside.start(folder, pid, sinks=track, pace=pace)
     if started.reason:
         say(started.reason)
 
@@ -98,13 +102,14 @@ def run(target: Target, options: RunOptions, say: Say) -> NoReturn:
     chosen = choose_plan(target, options)
     for note in () if options.tune else chosen.notes:
         say(note)
-    spec = _run_spec(target, options, {"plan_file": chosen.file, "guard": chosen.guard, "tune": options.tune})
+    more = {"plan_file": chosen.file, "guard": chosen.guard, "pace": chosen.pace, "tune": options.tune}
+    spec = _run_spec(target, options, more)
     spec = msgspec.structs.replace(spec, plan=chosen.techniques)
     RunLog(Path(spec.record)).close()
     file = Path(spec.record) / "spec.json"
     file.write_bytes(msgspec.json.encode(spec))
     env = environment(chosen.techniques)
-    follow(Path(spec.record), os.getpid(), trackers, say)
+    follow(Path(spec.record), os.getpid(), trackers, say, chosen.pace)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command(file), env)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upshift.errors import RecordError
 from upshift.records import Plan, Run, TuneReport, codec, planfile
 from upshift.records.planfile import slug
-from upshift.records.runlog import LOG, fold
+from upshift.records.runfold import fold
+from upshift.records.runlog import LOG
+
+if TYPE_CHECKING:
+    from upshift.hardware.rates import Rates
+    from upshift.measure.lost import Spot
 
 
 def latest_run(runs: Path = Path(".upshift/runs")) -> Path:
@@ -53,6 +59,14 @@ def report_behind(plan_file: Path) -> TuneReport | None:
         if file.exists():
             return codec.read(file, TuneReport)
     return None
+
+
+def taken_away(rates: Rates) -> Spot | None:
+    """What is to be expected of a machine that is paid as a spot machine; None for any other."""
+    from upshift.checkpoint.interval import INTERRUPTED_EVERY
+    from upshift.measure.lost import Spot
+
+    return Spot(INTERRUPTED_EVERY) if rates.price is not None and rates.price.spot else None
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from upshift.api.target import Say
 from upshift.errors import RecordError
 from upshift.records import Run
-from upshift.records.runlog import fold
+from upshift.records.runfold import fold
 
 
 def check_trackers(specs: Sequence[str]) -> list[str]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from upshift.api.diagnosis import Diagnosed, DiagnoseOptions, child, diagnose
 from upshift.api.objective import Objective, Search, cost_of, joined, seek
 from upshift.api.target import Say, Target
-from upshift.errors import RecordError, ScriptFailedError
+from upshift.errors import DoesNotFitError, RecordError, ScriptFailedError
 from upshift.hardware.device import device_name
 from upshift.hook.process import HookRunner
-from upshift.records import Finding, Plan, Trial, TuneReport, codec, planfile
+from upshift.records import Finding, Measurement, Plan, Trial, TuneReport, codec, planfile
+from upshift.records.fingerprint import own_version
+from upshift.records.plan import Pace, Setting
 from upshift.records.planfile import slug
 from upshift.sites import Numerics
 from upshift.techniques import registry
+
+if TYPE_CHECKING:
+    from upshift.search.autopilot import Outcome
+    from upshift.search.confirm import Confirmation
 
 #: Part of a budget that goes into the search by step time where whole runs decide in the end.
 STEP_SHARE = 0.4
@@ -117,7 +124,7 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
     else:
         watch = options.diagnose
         watch.seconds = min(watch.seconds, max(budget * 0.12, 5.0))
-        found = diagnose(target, watch, say)
+        found = _watched(target, options, watch, say)
         files = found.files
     on_diagnosed(found)
     measurement = found.measurement
@@ -189,8 +196,9 @@ def tune(target: Target, options: TuneOptions | None = None, say: Say = lambda t
         kept=tuple(item.name for item in outcome.kept),
         forecast=outcome.forecast,
         interrupted=outcome.interrupted,
-        final=final.pairing if final is not None else None,
+        final=final.pairing if final is not None and not _against(outcome) else None,
         proof=final.proof if final is not None else None,
+        fitted=outcome.fitted,
     )
     plan = _plan(target, report, outcome, files)
     if goal.by_metric and not outcome.interrupted:
@@ -216,7 +224,7 @@ def _write(target: Target, report: TuneReport, plan: Plan, plan_file: Path, say:
     """Write plan, report and page; returns where the last two lie."""
     from upshift.report import html
 
-    if report.interrupted and not plan.kept and plan_file.exists():
+    if not plan.kept and plan_file.exists() and (report.interrupted or report.fitted is not None):
         say(f"{plan_file} is left as it was")
     else:
         planfile.write(plan_file, plan)
@@ -225,6 +233,67 @@ def _write(target: Target, report: TuneReport, plan: Plan, plan_file: Path, say:
     page = report_file.with_suffix(".html")
     codec.write_bytes(page, html.render_tune(report, plan=plan).encode())
     return report_file, page
+
+
+def _watched(target: Target, options: TuneOptions, watch: DiagnoseOptions, say: Say) -> Diagnosed:
+    """The diagnosis. Where memory is limited and the script itself runs out of it, that of the script with the first
+    techniques that save enough.
+
+    Raises:
+        UpshiftError: see `diagnose`. DoesNotFitError: it runs out of memory with each of them, too.
+    """
+    from upshift.search.fitting import out_of_memory
+
+    try:
+        found = diagnose(target, watch, say)
+        failed = _failure(found)
+        if options.fit is None or not out_of_memory(failed):
+            return found
+    except ScriptFailedError as error:
+        if options.fit is None or not out_of_memory(str(error)):
+            raise
+    for plan in _sparing(options):
+        names = " + ".join(plan)
+        say(f"the script runs out of memory; watching it with {names}")
+        try:
+            found = diagnose(target, dataclasses.replace(watch, plan=plan), say)
+        except ScriptFailedError:
+            continue
+        if not _failure(found):
+            note = f"watched with {names}, since the untouched script runs out of memory here"
+            measurement = replace(found.measurement, notes=(*found.measurement.notes, note))
+            return dataclasses.replace(found, measurement=measurement)
+    raise DoesNotFitError(
+        "the script runs out of memory here, and so it does with every technique that saves memory.",
+        remedy="Use smaller batches, a smaller model or a larger device.",
+    )
+
+
+def _failure(found: Diagnosed) -> str:
+    return next((note for note in found.measurement.notes if note.startswith("the script failed")), "")
+
+
+def _sparing(options: TuneOptions) -> list[dict[str, dict[str, Setting]]]:
+    """What may let a script run that needs too much memory: each technique that saves some, then all together."""
+    cards = [
+        technique.card
+        for technique in registry.all_techniques()
+        if technique.card.saves_memory
+        and technique.card.numerics != Numerics.CHANGES_TRAINING
+        and technique.card.name not in options.leave_out
+        and (not options.only or technique.card.name in options.only)
+    ]
+    alone: list[dict[str, dict[str, Setting]]] = [{card.name: {}} for card in cards]
+    together: dict[str, dict[str, Setting]] = {}
+    for card in cards:
+        if not any(name in card.conflicts or card.name in registry.get(name).card.conflicts for name in together):
+            together[card.name] = {}
+    return [*alone, together] if len(together) > 1 else alone
+
+
+def _against(outcome: Outcome) -> str:
+    """What stood for the untouched script in the confirmation; empty where that ran itself."""
+    return outcome.fitted.against if outcome.fitted is not None else ""
 
 
 def _predicted(findings: Sequence[Finding]) -> dict[str, float]:
@@ -263,6 +332,7 @@ def _check_writable(file: Path) -> None:
 
 
 def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ...]) -> Plan:
+    # The speed-up over another plan is none over the script.
     final, proof = report.final, report.proof
     kept = outcome.kept
     device = device_name(report.measurement.facts.device)
@@ -285,4 +355,15 @@ def _plan(target: Target, report: TuneReport, outcome: Any, files: tuple[str, ..
         proof=proof if kept else None,
         kept=kept,
         rejected=outcome.rejected,
+        pace=_pace(outcome.confirmation, report.measurement) if kept else None,
+        upshift=own_version(),
     )
+
+
+def _pace(confirmation: Confirmation | None, seen: Measurement) -> Pace | None:
+    """The pace of the plan, with the samples of a step where the diagnosis saw them."""
+    pace = confirmation.pace if confirmation is not None else None
+    samples = seen.anatomy.samples.value
+    if pace is None or samples is None:
+        return pace
+    return replace(pace, samples_per_second=samples / pace.seconds)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from upshift.api.stored import latest_run, search_behind
+from upshift.api.stored import latest_run, search_behind, taken_away
 from upshift.errors import RecordError
 from upshift.records import resources
 from upshift.records.ledger import Ledger
 from upshift.records.resources import MOST_ALARMS, MOST_SAMPLES, Alarm, Head, Resources, Sample
 from upshift.records.run import Run
-from upshift.records.runlog import LOG, Incremental, View
+from upshift.records.runfold import Incremental, View
+from upshift.records.runlog import LOG
 from upshift.records.tail import Tail
 from upshift.report.current import Moment
 
@@ -228,7 +229,8 @@ def ledger_of(run: Run, used: Resources | None, rates: Rates | None = None) -> L
     """
     from upshift.measure.ledger import ledger
 
-    return ledger(run, used, _known(rates), search_behind(run.plan))
+    known = _known(rates)
+    return ledger(run, used, known, search_behind(run.plan), spot=taken_away(known))
 
 
 def books(folder: Path, run: Run) -> tuple[Resources | None, Ledger]:

@@ -1,6 +1,7 @@
 """How the ranks of one checkpoint talk: every rank's word to rank 0, rank 0's word to all, failures alike on all.
 
-Every exchange is entered by every rank, whatever has failed on it, so that none waits for one that gave up.
+Every exchange is entered by every rank, whatever has failed on it, so that none waits for one that gave up. Where ranks
+cannot be heard of, rank 0 still says so to all the others.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Ranks:
 
     Args:
         rank, world: which of how many.
-        gather: obj (JSON) -> on rank 0 the list of all ranks' objs, None elsewhere.
-        broadcast: obj (JSON, rank 0's counts) -> rank 0's obj, on every rank.
+        gather: obj (JSON) -> on rank 0 the list of all ranks' objs, None elsewhere; may raise where one is silent.
+        broadcast: obj (JSON, rank 0's counts) -> rank 0's obj, on every rank; may raise where rank 0 is silent.
     """
 
     def __init__(self, rank: int, world: int, gather: Gather | None, broadcast: Broadcast | None) -> None:
@@ -42,9 +43,15 @@ class Ranks:
             CheckpointError: on every other rank, with the same text.
         """
         mine, own = _attempt(local)
-        said = self._gather(own)
         mistake: Exception | None = None
         verdict: Any = None
+        said: list[Any] | None = None
+        try:
+            said = self._gather(own)
+        except Exception as error:
+            if self.rank:
+                raise
+            mistake, verdict = error, _failure(error)
         if said is not None:
             failed = [(rank, item["failed"]) for rank, item in enumerate(said) if "failed" in item]
             if failed:
@@ -67,6 +74,10 @@ def _attempt(act: Callable[[], Any]) -> tuple[Exception | None, dict[str, Any]]:
     try:
         return None, {"value": act()}
     except Exception as error:
-        message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
-        failed = {"message": message, "remedy": getattr(error, "remedy", ""), "in_use": isinstance(error, InUseError)}
-        return error, {"failed": failed}
+        return error, _failure(error)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
+    return {"failed": {"message": message, "remedy": getattr(error, "remedy", ""),
+                       "in_use": isinstance(error, InUseError)}}  # fmt: skip

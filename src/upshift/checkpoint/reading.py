@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from upshift.checkpoint import disk as io
 from upshift.checkpoint import manifest as manifests
-from upshift.checkpoint import tensors as files
 from upshift.checkpoint.disk import Disk
-from upshift.checkpoint.manifest import MANIFEST, STATE, Manifest, rank_file
+from upshift.checkpoint.manifest import MANIFEST, STATE, Manifest
+from upshift.checkpoint.opened import Opened, memory
 from upshift.checkpoint.retention import Checkpoint
-from upshift.checkpoint.tree import Tensors
+from upshift.checkpoint.states import MAX_STATE
 from upshift.errors import CheckpointError
-
-#: A larger state.json is refused. A training of 10,000 parameters takes about 5 MB of it.
-MAX_STATE = 32 * 2**20
-
-#: Brackets and commas in a rank's part, which bound how many values parsing can make: at most about 60 MB of them.
-MAX_SIGNS = 1_500_000
-
-
-_LONG = "Keep long lists of numbers in tensors."
-
-
-class _Rank(msgspec.Struct, forbid_unknown_fields=True):
-    tree: Any
-    dtypes: dict[str, str] = {}
-
-
-class _State(msgspec.Struct, forbid_unknown_fields=True):
-    schema: int
-    ranks: list[msgspec.Raw]
 
 
 class Reader:
@@ -101,37 +79,13 @@ class Reader:
         except (CheckpointError, OSError) as error:
             return _text(error, file)
 
-    def rank(self, name: str, manifest: Manifest, rank: int) -> tuple[Any, Tensors]:
-        """Skeleton and tensors of one rank; each file is checked and read through one descriptor.
+    def open(self, name: str, rank: int) -> Opened:
+        """A checkpoint to be read by a rank.
 
         Raises:
-            CheckpointError, OSError: damaged, or cannot be read.
+            CheckpointError, OSError: its manifest is damaged, or cannot be read.
         """
-        folder = self.folder / name
-        with io.opened(folder, STATE) as fd:
-            self._check(fd, STATE, manifest)
-            data = bytearray(manifest.files[STATE].size)
-            io.fill(self._disk, fd, memoryview(data))
-        state = self._state(data, manifest.world, rank)
-        file = rank_file(rank, manifest.world)
-        with io.opened(folder, file) as fd:
-            self._check(fd, file, manifest)
-            if (size := manifest.files[file].size) > (most := _memory()):
-                raise CheckpointError(f"{file} has {size:,} bytes, more than this machine has memory ({most:,}).")
-            try:
-                return state.tree, files.read(self._disk, fd, state.dtypes)
-            except CheckpointError as error:
-                raise CheckpointError(f"{file}: {error.message}") from None
-
-    def _state(self, data: bytearray, world: int, rank: int) -> _Rank:
-        try:
-            state = msgspec.json.decode(data, type=_State)
-            if state.schema != 1 or len(state.ranks) != world:
-                raise CheckpointError(f"{STATE} belongs to another version or number of ranks.")
-            check_values(bytes(state.ranks[rank]))
-            return msgspec.json.decode(state.ranks[rank], type=_Rank)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{STATE} cannot be read: {error!s:.200}.") from None
+        return Opened(self._disk, self.folder / name, self.manifest(name), self._check, rank)
 
     def _check(self, fd: int, file: str, manifest: Manifest) -> None:
         if problem := self._differs(fd, file, manifest):
@@ -145,40 +99,11 @@ class Reader:
         if file == STATE and size > MAX_STATE:
             return f"{STATE} has {size:,} bytes, more than {MAX_STATE:,}"
         # A file that claims terabytes and holds none would keep us reading zeros for hours.
-        if status.st_blocks * 512 < size // 64 and size > _memory():
+        if status.st_blocks * 512 < size // 64 and size > memory():
             return f"{file} claims {size:,} bytes and holds {status.st_blocks * 512:,}"
         if io.digest(self._disk, fd) != expected.sha256:
             return f"{file} is damaged (its digest differs)"
         return ""
-
-
-def state_file(ranks: list[Any]) -> bytes:
-    """The bytes of state.json, a part per rank.
-
-    Raises:
-        CheckpointError: larger than what is read back.
-    """
-    parts = [msgspec.json.encode(part) for part in ranks]
-    for part in parts:
-        check_values(part)
-    data = msgspec.json.encode(_State(1, [msgspec.Raw(part) for part in parts]))
-    if len(data) > MAX_STATE:
-        raise CheckpointError(f"{STATE} has {len(data):,} bytes, more than {MAX_STATE:,}.", remedy=_LONG)
-    return data
-
-
-def check_values(part: bytes) -> None:
-    """Raises CheckpointError where a rank's part holds more values than are read back."""
-    # Every value but the first follows a bracket or a comma.
-    if (signs := sum(part.count(sign) for sign in (b"[", b"{", b","))) > MAX_SIGNS:
-        raise CheckpointError(f"{STATE} holds up to {signs:,} values, more than {MAX_SIGNS:,}.", remedy=_LONG)
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine."""
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 def _text(error: Exception, file: str) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from upshift.checkpoint.store import Saved, Store
-from upshift.checkpoint.tree import Tensors, split
+from upshift.checkpoint.shards import Shard
+from upshift.checkpoint.store import Saved, Store, apart, places
+from upshift.checkpoint.tree import Tensors
 from upshift.errors import CheckpointError, UpshiftError
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ class Saver:
     """Saves into a store, one at a time, in a thread.
 
     Args:
-        store: acquired. With several ranks its gather and broadcast must use a process group of their own: they are
-            called from the thread, while the training uses the other one.
+        store: acquired. With several ranks its gather and broadcast must not be those of the training: they are called
+            from the thread, while the training exchanges gradients.
 
     `last` is the newest checkpoint that is durable, `error` what the last save failed with (None after a success),
     `failures` how many failed so far, `stall_seconds` what the training waited for in total, `write_seconds` how long
@@ -50,6 +52,7 @@ class Saver:
         step: int,
         tree: Any,
         *,
+        shards: Mapping[str, Shard] | None = None,
         facts: dict[str, Any] | None = None,
         best: bool = False,
         before_spike: bool = False,
@@ -57,7 +60,8 @@ class Saver:
     ) -> float:
         """Copy the tensors of `tree` to the host and begin to write them; the tensors may change when this returns.
 
-        A save that is still being written is waited for first. With `wait` returns when all is durable.
+        Arguments are those of `Store.save`. A save that is still being written is waited for first. With `wait` returns
+        when all is durable.
 
         Returns:
             Seconds the caller was kept.
@@ -67,7 +71,7 @@ class Saver:
         begun = time.perf_counter()
         self.wait()
         try:
-            skeleton, tensors = split(tree)
+            skeleton, tensors = apart(tree, shards or {})
             self._copies = _owned(tensors, self._copies)
         except (UpshiftError, RuntimeError, MemoryError) as error:
             if self._store.world == 1:
@@ -75,7 +79,7 @@ class Saver:
                 return self._kept(begun)
             # The other ranks are on their way: they must hear of it.
             skeleton, self._copies = error, {}
-        given = {"facts": facts, "best": best, "before_spike": before_spike}
+        given = {"shards": places(shards or {}), "facts": facts, "best": best, "before_spike": before_spike}
         # Not a daemon: an interpreter that ends finishes the save that has begun.
         self._thread = threading.Thread(
             target=self._write, args=(step, skeleton, given), name="upshift-checkpoint", daemon=False

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/
         lock, attempt.json            who owns the folder
-        step-1200-a1/                 rank-0-of-1.safetensors, state.json, manifest.json
+        step-1200-a1/                 rank-0-of-1.safetensors (one per rank), state.json, manifest.json
         quarantine/                   what could not be verified, or was gone back from
         .tmp-*, .trash-*              unfinished writes and deletions; removed by the next owner
 
@@ -19,11 +19,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from msgspec.structs import replace as replace_fields
 
 from upshift.checkpoint import disk as io
 from upshift.checkpoint import manifest as manifests
@@ -31,11 +34,14 @@ from upshift.checkpoint import tensors as files
 from upshift.checkpoint.disk import Disk
 from upshift.checkpoint.lock import Lock
 from upshift.checkpoint.manifest import MANIFEST, STATE, Manifest, rank_file
+from upshift.checkpoint.opened import Opened
 from upshift.checkpoint.ranks import Broadcast, Gather, Ranks
-from upshift.checkpoint.reading import Reader, state_file
+from upshift.checkpoint.reading import Reader
 from upshift.checkpoint.retention import Checkpoint, to_delete
+from upshift.checkpoint.shards import Shape, Shard
+from upshift.checkpoint.states import state_file
 from upshift.checkpoint.told import told
-from upshift.checkpoint.tree import Tensors, join, split
+from upshift.checkpoint.tree import Tensors, split
 from upshift.errors import CheckpointError, InUseError
 
 FOLDER = "checkpoints"
@@ -46,6 +52,9 @@ _LEFTOVERS = (".tmp-", ".trash-")
 _SLACK = 4 * 2**20
 
 Say = Callable[[str], None]
+
+#: Shape of the whole and offset of each shard of this rank, by name.
+Places = Mapping[str, tuple[Shape, Shape]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Store:
         disk: the I/O calls.
 
     With several ranks, `acquire`, `save`, `newest` and `go_back` are called by all of them alike. `save` may run in
-    another thread (`Saver`); the exchanges then need a process group of their own.
+    another thread (`Saver`); the exchanges must then be others than those of the training.
     """
 
     def __init__(
@@ -156,19 +165,27 @@ class Store:
         step: int,
         tree: Any,
         *,
+        shards: Mapping[str, Shard] | None = None,
         facts: dict[str, Any] | None = None,
         best: bool = False,
         before_spike: bool = False,
     ) -> Saved:
         """Write this rank's state (see `tree.split`); returns when the checkpoint is durable and was read again.
 
-        `facts` (JSON, rank 0's count) are in the manifest: step, samples, epoch, metric values and the like.
+        Args:
+            shards: what this rank holds of tensors that are spread over ranks, under names that are the same on all;
+                a `Spread` of that name stands for the whole one in the state of some rank.
+            facts: JSON, rank 0's count, in the manifest: step, samples, epoch, metric values and the like.
 
         Raises:
             CheckpointError: it could not be written (disk full, I/O error, no owner) or did not read back; earlier
                 checkpoints are untouched and nothing is left behind.
         """
-        return self._save(step, lambda: split(tree), facts or {}, best, before_spike)
+
+        def parts() -> tuple[Any, Tensors]:
+            return apart(tree, shards or {})
+
+        return self._save(step, parts, places(shards or {}), facts or {}, best, before_spike)
 
     def save_parts(
         self,
@@ -176,21 +193,31 @@ class Store:
         skeleton: Any,
         tensors: Tensors,
         *,
+        shards: Places | None = None,
         facts: dict[str, Any] | None = None,
         best: bool = False,
         before_spike: bool = False,
     ) -> Saved:
-        """As `save`, of a state that `tree.split` took apart; an exception as skeleton fails alike on all ranks."""
+        """As `save`, of a state that `apart` took apart; an exception as skeleton fails alike on all ranks.
+
+        `shards`: the `places` of those of the tensors that are shards.
+        """
 
         def parts() -> tuple[Any, Tensors]:
             if isinstance(skeleton, Exception):
                 raise skeleton
             return skeleton, tensors
 
-        return self._save(step, parts, facts or {}, best, before_spike)
+        return self._save(step, parts, shards or {}, facts or {}, best, before_spike)
 
     def _save(
-        self, step: int, parts: Callable[[], tuple[Any, Tensors]], facts: dict[str, Any], best: bool, spike: bool
+        self,
+        step: int,
+        parts: Callable[[], tuple[Any, Tensors]],
+        shards: Places,
+        facts: dict[str, Any],
+        best: bool,
+        spike: bool,
     ) -> Saved:
         begun = time.perf_counter()
         with self._busy:
@@ -200,7 +227,7 @@ class Store:
                 with told(f"the checkpoint of step {step} was not written"):
                     name = self._ranks.decide(
                         lambda said: self._commit(step, temporary, said, facts, best, spike),
-                        lambda: self._write_own(step, temporary, parts),
+                        lambda: self._write_own(step, temporary, parts, shards),
                     )
                     self._ranks.decide(lambda said: self._accept(name, said), lambda: self._read_again(name))
             except BaseException:
@@ -211,7 +238,9 @@ class Store:
             self._ranks.decide(lambda said: self._clean())
         return Saved(self.folder / name, step, time.perf_counter() - begun, found.bytes)
 
-    def _write_own(self, step: int, temporary: Path, parts: Callable[[], tuple[Any, Tensors]]) -> dict[str, Any]:
+    def _write_own(
+        self, step: int, temporary: Path, parts: Callable[[], tuple[Any, Tensors]], shards: Places
+    ) -> dict[str, Any]:
         """This rank's tensors, synced; what rank 0 must know of them."""
         if not isinstance(step, int) or not 0 <= step <= manifests.MAX_STEP:
             raise CheckpointError(f"{step!r:.40} is no step.", remedy="Steps count from 0.")
@@ -227,7 +256,7 @@ class Store:
         name = rank_file(self._ranks.rank, self._ranks.world)
         writer = io.Writer(self._disk, temporary / name)
         try:
-            files.write(writer, tensors)
+            files.write(writer, tensors, shards)
             file = writer.finish()
         finally:
             writer.close()
@@ -378,18 +407,26 @@ class Store:
     def load(self, checkpoint: Checkpoint, rank: int | None = None) -> tuple[Any, dict[str, Any]]:
         """A rank's state (this one's; that of rank 0 where fewer ranks wrote) and the facts. Tensors on the host.
 
+        Tensors that are spread over ranks are put together: what comes is whole, whoever wrote it.
         Size and SHA-256 of what is read are checked before anything is parsed.
 
         Raises:
             CheckpointError: damaged, gone, or not a state.
         """
+        wanted = self._ranks.rank if rank is None else rank
+        with self.opened(checkpoint) as found:
+            return found.tree(wanted if wanted < found.manifest.world else 0), found.facts
+
+    @contextmanager
+    def opened(self, checkpoint: Checkpoint) -> Iterator[Opened]:
+        """A checkpoint to be read piece by piece, this rank's shards first. Inside the block errors are as for `load`.
+
+        Raises:
+            CheckpointError: damaged, gone, or not a state.
+        """
         name = checkpoint.path.name
-        with told(f"{name} cannot be read"):
-            manifest = self._reader.manifest(name)
-            wanted = self._ranks.rank if rank is None else rank
-            wanted = wanted if wanted < manifest.world else 0
-            skeleton, tensors = self._reader.rank(name, manifest, wanted)
-            return join(skeleton, tensors), manifest.facts
+        with told(f"{name} cannot be read"), self._reader.open(name, self._ranks.rank) as found:
+            yield found
 
     def go_back(self, step: int) -> None:
         """The run goes on from `step`: later checkpoints no longer count; they are moved to the quarantine.
@@ -405,6 +442,51 @@ class Store:
 
         with self._busy:
             self._ranks.decide(away)
+
+    def keep_before_spike(self, checkpoint: Checkpoint) -> None:
+        """Mark the state that training went back to, so that retention keeps the last of its kind; all ranks call it.
+
+        The manifest is replaced by one with the mark, whole and at once. A failure is told, and changes nothing.
+        """
+        name = checkpoint.path.name
+        temporary = self.folder / f".tmp-mark-{name}"
+
+        def mark(_: list[Any]) -> None:
+            self._lock.check()
+            manifest = self._reader.manifest(name)
+            if manifest.before_spike:
+                return
+            try:
+                io.write_file(self._disk, temporary, manifests.render(replace_fields(manifest, before_spike=True)))
+                self._disk.rename(temporary, self.folder / name / MANIFEST)
+            except OSError:
+                if os.path.lexists(temporary):
+                    self._disk.unlink(temporary)
+                raise
+            self._disk.sync_folder(self.folder / name)
+
+        try:
+            with self._busy, told(f"{name} was not marked as the one before a spike"):
+                self._ranks.decide(mark)
+        except CheckpointError as error:
+            self.say(error.message)
+
+
+def apart(tree: Any, shards: Mapping[str, Shard]) -> tuple[Any, Tensors]:
+    """The skeleton of a state, and its tensors with those of the shards; nothing is copied.
+
+    Raises:
+        CheckpointError: see `tree.split`. An exception in place of the state is raised.
+    """
+    if isinstance(tree, Exception):
+        raise tree
+    skeleton, tensors = split(tree, shards)
+    return skeleton, tensors | {name: shard.tensor.detach() for name, shard in shards.items()}
+
+
+def places(shards: Mapping[str, Shard]) -> dict[str, tuple[Shape, Shape]]:
+    """Where the shards lie in their tensors."""
+    return {name: (shard.shape, shard.offset) for name, shard in shards.items()}
 
 
 def _versions() -> dict[str, str]:

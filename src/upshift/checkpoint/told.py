@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from types import TracebackType
 
-from upshift.errors import CheckpointError, InUseError
+from upshift.errors import CheckpointError, InUseError, ResumeError
 
 _SPACE = "Free some space; the checkpoints that are there are untouched."
 
@@ -20,7 +20,7 @@ class told:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, InUseError):
+        if isinstance(error, (InUseError, ResumeError)):
             return
         if isinstance(error, CheckpointError):
             if not error.message.startswith(self._what):

@@ -6,7 +6,7 @@
 In the skeleton None, bool, str, finite floats and ints of 64 bits stand for themselves and a list is a list; every
 other value is an object with one tag: `dict`, `pairs` (a dict with int keys), `state_dict` (an OrderedDict with the
 versions of its modules), `tuple`, `int` (more than 64 bits), `float` (nan, inf), `text` (lone surrogates), `bytes`,
-`tensor`, `view`.
+`tensor`, `view`, `spread` (a tensor whose shards are in the files of several ranks).
 
 Tensors that share memory are written once. The same tensor under two names (tied weights) comes back as one tensor;
 different views of one storage come back as views of one storage. Memory formats (channels_last) are kept.
@@ -20,12 +20,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from upshift.checkpoint.shards import Shape, Spread
 from upshift.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, "torch.Tensor"]
+
+#: What a tensor of a state becomes when the state is put together: from its name and the strides to restore; from the
+#: name and the shape of one that is spread over ranks.
+Leaf = Callable[[str, "list[int] | None"], Any]
+Whole = Callable[[str, Shape], Any]
 
 #: Containers deeper than this are no state of a training.
 MAX_DEPTH = 64
@@ -38,11 +44,13 @@ _REMEDY = "A state may hold None, bool, int, float, str, bytes, tensors, and lis
 _BROKEN = "The file was not written by upshift, or by a later version of it."
 
 
-def split(tree: Any) -> tuple[Any, Tensors]:
+def split(tree: Any, taken: Iterable[str] = ()) -> tuple[Any, Tensors]:
     """A state as (skeleton, tensors).
 
     Args:
-        tree: None, bool, int, float, str, bytes, dense tensors, and lists, tuples and dicts (str or int keys) of them.
+        tree: None, bool, int, float, str, bytes, dense tensors, `Spread`, and lists, tuples and dicts (str or int keys)
+            of them.
+        taken: names that no tensor of the tree may get (those of shards).
 
     Returns:
         The skeleton, and name -> tensor. The tensors are those of the tree or views of them, detached, on their own
@@ -51,21 +59,27 @@ def split(tree: Any) -> tuple[Any, Tensors]:
     Raises:
         CheckpointError: another type, a key that is neither str nor int, or nesting beyond 64; the path is named.
     """
-    return _Splitter(tree).result()
+    return _Splitter(tree, taken).result()
 
 
-def join(skeleton: Any, tensors: Tensors) -> Any:
+def join(skeleton: Any, tensors: Tensors, *, leaf: Leaf | None = None, spread: Whole | None = None) -> Any:
     """The state that `split` took apart; tensors without gradient, on the device on which they were given.
+
+    Args:
+        skeleton, tensors: as `split` gave them.
+        leaf: makes what stands in place of a tensor; views of shared memory are made from `tensors` in any case.
+        spread: makes what stands in place of a tensor whose shards are elsewhere.
 
     Raises:
         CheckpointError: the skeleton is none, or names a tensor that is not there.
     """
-    return _Joiner(tensors).value(skeleton, 0)
+    return _Joiner(tensors, leaf, spread).value(skeleton, 0)
 
 
 class _Splitter:
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Any, taken: Iterable[str]) -> None:
         self._tree = tree
+        self._taken = frozenset(taken)
         self._tensors: Tensors = {}
         self._places: dict[int, tuple[torch.Tensor, str]] = {}
         self._leaves: list[tuple[torch.Tensor, dict[str, Any], str]] = []
@@ -98,6 +112,8 @@ class _Splitter:
             return {"bytes": b64encode(value).decode()}
         if kind in (list, tuple, dict, OrderedDict):
             return self._container(value, path)
+        if kind is Spread:
+            return {"spread": value.name, "shape": list(value.shape)}
         return self._leaf(value, path)
 
     def _container(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -146,7 +162,7 @@ class _Splitter:
     def _free(self, name: str) -> str:
         """The name, with a number where it is taken ({"a.b": ...} beside {"a": {"b": ...}}) or the format's own."""
         found, n = name, 1
-        while found in self._tensors or found == "__metadata__":
+        while found in self._tensors or found in self._taken or found == "__metadata__":
             n += 1
             found = f"{name}#{n}"
         return found
@@ -270,8 +286,8 @@ def _said(path: tuple[Any, ...]) -> str:
 
 
 class _Joiner:
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Tensors, leaf: Leaf | None, spread: Whole | None) -> None:
+        self._tensors, self._leaf, self._whole = tensors, leaf, spread
         self._made: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def value(self, value: Any, depth: int) -> Any:
@@ -322,19 +338,24 @@ class _Joiner:
         return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[value["float"]]
 
     def _tensor(self, value: Any, depth: int) -> Any:
-        import torch
-
         name, stride = value["tensor"], value.get("stride")
+        if self._leaf is not None:
+            return self._leaf(name, stride)
         tensor = self._tensors[name]
         if stride is None:
             return tensor
         key = (name, *stride)
         if key not in self._made:
-            # Only a permutation of the elements: never more memory than was read.
-            if len(stride) != tensor.dim() or reach(tensor.shape, stride) != tensor.numel():
-                raise ValueError(f"the strides of {name!r} do not fit")
-            self._made[key] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+            self._made[key] = in_order(tensor, stride)
         return self._made[key]
+
+    def _spread(self, value: Any, depth: int) -> Any:
+        name, shape = value["spread"], value["shape"]
+        if self._whole is None or type(name) is not str or len(shape) > MAX_DEPTH:
+            raise TypeError("a tensor is spread over ranks that are not there")
+        if not all(type(n) is int and 0 <= n < 2**60 for n in shape):
+            raise ValueError("a shape is no natural number")
+        return self._whole(name, tuple(shape))
 
     def _view(self, value: Any, depth: int) -> Any:
         import torch
@@ -363,6 +384,20 @@ class _Joiner:
         return memory
 
 
+def in_order(tensor: torch.Tensor, stride: Iterable[int]) -> torch.Tensor:
+    """A tensor with its elements in another order in memory, as these strides say.
+
+    Raises:
+        ValueError: they are not a permutation of the elements: never more memory than was read.
+    """
+    import torch
+
+    found = tuple(stride)
+    if len(found) != tensor.dim() or reach(tensor.shape, found) != tensor.numel():
+        raise ValueError("the strides of a tensor do not fit")
+    return torch.empty_strided(tensor.shape, found, dtype=tensor.dtype).copy_(tensor)
+
+
 def reach(shape: Iterable[int], stride: Iterable[int]) -> int:
     """Elements from the first to the last of a strided tensor, both counted."""
     found = 1
@@ -384,6 +419,7 @@ _TAGS: dict[str, Callable[[_Joiner, Any, int], Any]] = {
     "float": _Joiner._float,
     "text": lambda joiner, value, depth: bytes.fromhex(value["text"]).decode("utf-8", "surrogatepass"),
     "bytes": lambda joiner, value, depth: b64decode(value["bytes"], validate=True),
+    "spread": _Joiner._spread,
     "tensor": _Joiner._tensor,
     "view": _Joiner._view,
 }

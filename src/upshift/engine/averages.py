@@ -166,6 +166,10 @@ class Average:
                 item.copy_(kept)
         self._kept = None
 
+    def originals(self) -> dict[int, torch.Tensor]:
+        """While the average is swapped in: address of a tensor of the model -> what it held before."""
+        return {item.data_ptr(): kept for item, kept in self._kept or () if item.numel()}
+
     @contextmanager
     def swapped(self) -> Iterator[bool]:
         """The model holds the average inside the block; the value says whether there was one."""

@@ -31,7 +31,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from upshift.errors import UsageError
 
@@ -45,11 +45,22 @@ KINDS = ("ddp", "fsdp2")
 #: BSD's sysexits. torchrun starts the ranks again where `--max-restarts` allows it.
 LOST = 75
 
-#: Steps after which DDP's own reducer may overlap with the backward pass on CUDA.
-SAFE_STEPS = 3
+#: Steps after which DDP's own reducer may overlap with the backward pass on CUDA. Enough of them for one rank alone to
+#: be timed as well (`scaling`), which needs backward passes free of collectives.
+SAFE_STEPS = 12
 
 #: What a launcher sets. Without RANK and WORLD_SIZE a process trains alone.
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Exchanges(Protocol):
+    """How ranks tell each other something."""
+
+    def gather(self, obj: Any) -> list[Any] | None:
+        """Every rank's `obj` in rank order, on rank 0; None elsewhere."""
+
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0's `obj`, on every rank."""
 
 
 class Group:
@@ -175,6 +186,10 @@ class Group:
         return unwrapped(module)
 
     # -- now and then --------------------------------------------------------------------------------------------------
+
+    def channel(self) -> Exchanges:
+        """`gather` and `broadcast` for another thread, beside the collectives of the training; all ranks call it."""
+        return self
 
     def gather(self, obj: Any) -> list[Any] | None:
         """Every rank's `obj` in rank order, on rank 0; None elsewhere. Travels as JSON.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from upshift.engine.training import Training
 
 
+#: What the loop is doing: nothing that changes the state, what changes buffers and random states, or anything.
+RESTING, COMPUTING, CHANGING = range(3)
+
 #: One process has nobody to wait for.
 ALONE = contextlib.nullcontext()
 
@@ -29,7 +32,7 @@ class Again(Exception):
 
 
 class Halted(Exception):
-    """Somebody asked to stop, in the middle of an evaluation: weights are those of the last update."""
+    """Somebody asked to stop, in the middle of an evaluation or of an update that is not made."""
 
 
 def train(t: Training) -> None:
@@ -49,6 +52,10 @@ def train(t: Training) -> None:
             t.drop_gradients()
         except Halted:
             t.halt()
+        except Exception as error:
+            if not t.boundary.failed(error):
+                raise
+            t.halt()
     t.ends()
 
 
@@ -58,6 +65,12 @@ def gradient(t: Training, batch: Any) -> float:
     Raises:
         Again: it cannot be used (not finite, out of memory on some rank).
     """
+    boundary = t.boundary
+    if boundary.note is None and batch.samples not in boundary.sizes:
+        boundary.new_size(batch.samples)
+    boundary.phase = COMPUTING
+    if boundary.taken:
+        boundary.give_way()
     total = 0.0
     counts: list[Any] = []
     trouble: BaseException | None = None
@@ -73,7 +86,7 @@ def gradient(t: Training, batch: Any) -> float:
                     counts.append(count)
                 elif part.weight != 1.0:
                     loss = loss * part.weight
-                loss.backward()
+                (loss if t.scaling is None else t.scaling.scaled(loss)).backward()
             total += loss.item()
         except Exception as error:
             if not is_out_of_memory(error):
@@ -84,15 +97,24 @@ def gradient(t: Training, batch: Any) -> float:
 
 
 def update(t: Training) -> None:
-    """Clip, step, schedule, average."""
+    """Clip, step, schedule, average. Where a scaled gradient has overflowed, there is no step.
+
+    Raises:
+        Again: gradients are not finite at any scale.
+    """
+    boundary = t.boundary
+    boundary.phase = CHANGING
+    if boundary.taken:
+        boundary.give_way()
     optimizer = t.optimizer
-    for before in t.before_step:
-        before(optimizer)
-    if t.clip is not None:
-        t.clip_gradients()
-    if t.rate is not None:
-        t.rate(t.progress.step)
-    optimizer.step()
+    if t.scaling is None or t.unscaled(optimizer):
+        for before in t.before_step:
+            before(optimizer)
+        if t.clip is not None:
+            t.clip_gradients()
+        if t.rate is not None:
+            t.rate(t.progress.step)  # also where updates were left out: a function of the step
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if t.average is not None:
         t.average.update()
@@ -103,7 +125,7 @@ def evaluate(t: Training) -> dict[str, float]:
     import torch
 
     metrics = t.metrics()
-    total, count = 0.0, 0.0
+    total, count, samples = 0.0, 0.0, 0.0
     with t.evaluating(), torch.no_grad():
         for part in t.evaluation_parts():
             output, target = t.forward(part.batch)
@@ -114,8 +136,9 @@ def evaluate(t: Training) -> dict[str, float]:
                 else:
                     total, count = total + loss.item() * part.n, count + part.n
             metrics.update(output, target, part.n)
+            samples += part.n
             t.poll()
-    total, count = t.group.sum([total, count])
+    total, count, t.evaluated_samples = t.group.sum([total, count, samples])
     found: dict[str, float] = metrics.compute()
     return {**found, "loss": total / count if count else math.nan}
 

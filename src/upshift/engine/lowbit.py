@@ -3,8 +3,10 @@
 torchao keeps a moment as a tensor subclass: codes, a scale per block, and the table of values that the codes stand for.
 A checkpoint stores plain tensors only. With `store_plainly` the optimizer's own `state_dict()` gives the parts, and its
 `load_state_dict()` puts them together again: the same bits, from a closed list of kinds.
-Limits: moments of fewer than 4,096 values stay in full precision (torchao's rule). A moment that is sharded as well is
-left as it is.
+The learning rate, a tensor in torchao's optimizers, is stored as the number it is.
+Limits: moments of fewer than 4,096 values stay in full precision (torchao's rule). Several ranks train with DDP only,
+where each of them holds all moments: of a moment that is sharded as well, codes and scales would have to be cut at the
+same blocks, so FSDP2 is declined.
 
 Sources: Dettmers et al. 2022 (arXiv:2110.02861), 8 bits; Li et al. 2023 (arXiv:2309.01507), 4 bits; `torchao.optim`.
 """
@@ -29,16 +31,44 @@ _KIND, _TENSORS, _REST = "low_bit", "tensors", "rest"
 
 
 def store_plainly(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let the optimizer's state dict hold plain tensors; returns the optimizer."""
-    optimizer.register_state_dict_post_hook(lambda _, state: _with_states(state, _taken_apart))
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: _with_states(state, _put_together))
+    """Let the optimizer's state dict hold plain tensors and numbers; returns the optimizer.
+
+    Raises:
+        UsageError: its parameters are sharded (FSDP2).
+    """
+    # Asked of the tensor, since importing what DTensor is takes seconds.
+    if any(hasattr(item, "placements") for group in optimizer.param_groups for item in group["params"]):
+        raise UsageError(
+            f"{type(optimizer).__name__} keeps states of few bits, which are not sharded here.",
+            remedy="Train with ddp, where every rank holds all states, or with another optimizer.",
+        )
+    optimizer.register_state_dict_post_hook(lambda _, state: _with(state, _taken_apart, _number))
+    optimizer.register_load_state_dict_pre_hook(lambda found, state: _loaded(found, state))
     return optimizer
 
 
-def _with_states(state: dict[str, Any], change: Any) -> dict[str, Any]:
-    """The state dict with each value of each state changed; its dicts are the optimizer's own, so these are new."""
+def _loaded(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict as torchao wants it: states put together, and a rate in a tensor where it keeps one there."""
+    import torch
+
+    own: Any = next((group["lr"] for group in optimizer.param_groups), None)
+
+    def rate(value: Any) -> Any:
+        return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, torch.Tensor) else value
+
+    return _with(state, _put_together, lambda value: rate(_number(value)))
+
+
+def _with(state: dict[str, Any], change: Any, rate: Any) -> dict[str, Any]:
+    """The state dict with each value of each state, and each `lr`, changed; its dicts are the optimizer's own, so these
+    are new."""
     changed = {at: {key: change(item) for key, item in entry.items()} for at, entry in state["state"].items()}
-    return {**state, "state": changed}
+    groups = [{**group, "lr": rate(group["lr"])} if "lr" in group else group for group in state["param_groups"]]
+    return {**state, "state": changed, "param_groups": groups}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 def _taken_apart(value: Any) -> Any:

@@ -20,7 +20,16 @@ from upshift.engine.randomness import seed_everything
 from upshift.engine.schedules import bind
 from upshift.engine.settings import Execution
 from upshift.errors import UsageError
-from upshift.sites import LoaderArgs, LoaderReady, LossFunctionSeen, ModelSeen, OptimizerSeen, ProcessStart, Stage
+from upshift.sites import (
+    BackwardSeen,
+    LoaderArgs,
+    LoaderReady,
+    LossFunctionSeen,
+    ModelSeen,
+    OptimizerSeen,
+    ProcessStart,
+    Stage,
+)
 from upshift.techniques import registry
 
 if TYPE_CHECKING:
@@ -63,6 +72,8 @@ class Parts:
         self.schedule = bind(job.schedule, self.optimizer, self.span)
         self.loss = self._loss()
         self._keys: tuple[str, ...] | None = None
+        self.asked: Callable[[], bool] = lambda: False
+        """Whether somebody asked to stop."""
         self.description = self._describe()
         if group.world > 1:
             digest = _digest([repr(item) for item in sorted(self.description.items())])
@@ -149,6 +160,7 @@ class Parts:
     def model_seen(self, batch: Any) -> None:
         """The model is about to be called for the first time."""
         args, kwargs = self._arguments(batch)
+        self.stage.raise_site(BackwardSeen(module=self.model, optimizer=self.optimizer, agree=self.group.sum))
         self.stage.raise_site(ModelSeen(module=self.model, args=args, kwargs=kwargs, training=True))
 
     def optimizer_seen(self) -> tuple[Callable[[Any], None], ...]:
@@ -173,6 +185,8 @@ class Parts:
             self.stage.remove(name, reason)
 
     def _come_off(self, names: tuple[str, ...], error: Exception) -> None:
+        if self.asked():
+            raise error  # who asked to stop may have ended the compiler; the technique is not to blame
         for name in names:
             self.stage.remove(name, f"{type(error).__name__}: {error}")
 

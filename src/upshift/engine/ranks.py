@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from upshift.engine.group import SAFE_STEPS, Group
+from upshift.engine.channel import Channel
+from upshift.engine.group import SAFE_STEPS, Exchanges, Group
 from upshift.engine.memory import is_out_of_memory
 from upshift.engine.peers import Progress
 from upshift.engine.watch import Watch
@@ -41,8 +42,9 @@ class Ranks(Group):
     """One of several processes; made by `Group.here()`."""
 
     def __init__(
-        self, rank: int, world: int, local_rank: int, device: torch.device, store: Any, watch: Watch | None
-    ) -> None:
+        self, rank: int, world: int, local_rank: int, device: torch.device, store: Any, watch: Watch | None,
+        timeout: float = 600.0,
+    ) -> None:  # fmt: skip
         super().__init__(device)
         self.rank, self.world, self.local_rank = rank, world, local_rank
         self.store = store
@@ -56,6 +58,8 @@ class Ranks(Group):
         self._overlaps = False
         self._reduced = False
         self._open = True
+        self._channels: list[Channel] = []
+        self.timeout = timeout
 
     @classmethod
     def join(
@@ -110,7 +114,7 @@ class Ranks(Group):
         found = Watch.over(rank, world, store, timeout, say) if watch else None
         if found is not None:
             found.start()
-        return cls(rank, world, local_rank, device, store, found)
+        return cls(rank, world, local_rank, device, store, found, timeout)
 
     # -- collectives ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +189,18 @@ class Ranks(Group):
             dist.broadcast(told, src=0)
         return _unpacked(told)
 
+    def channel(self) -> Exchanges:
+        import torch
+
+        dist: Any = torch.distributed
+        self._channels.append(
+            Channel(
+                dist.PrefixStore(f"channel-{len(self._channels)}", self.store.clone()), self.rank, self.world,
+                timeout=self.timeout, lost=lambda: self.watch.lost if self.watch is not None else "",
+            )
+        )  # fmt: skip
+        return self._channels[-1]
+
     def barrier(self) -> None:
         self._sum([0.0], "barrier")
 
@@ -194,13 +210,14 @@ class Ranks(Group):
         from upshift.engine import wrapping
 
         super().wrap(model, kind)
+        # Sharded or not: every rank holds all buffers, and its forward passes change its own.
+        self._buffers = list(model.buffers())
         with self.collective(f"wrapping the model ({kind})"):
             if kind == "fsdp2":
                 self._sharded = True
                 return wrapping.fsdp2(model, self.device, self.world)
             wrapped = wrapping.ddp(model, self.device)
         self._ddp = wrapped if wrapped is not model else None
-        self._buffers = list(model.buffers())
         return wrapped
 
     def no_sync(self, last: bool = False) -> AbstractContextManager[Any]:
@@ -264,6 +281,7 @@ class Ranks(Group):
             return
         self.barrier()
         self._open = False
+        self._close_channels()
         if self.watch is not None:
             self.watch.stop(on_purpose=True)
         _left.append(dist.group.WORLD)
@@ -273,6 +291,7 @@ class Ranks(Group):
         if not self._open:
             return
         self._open = False
+        self._close_channels()
         # The process group stays as it is: destroying it may wait for ranks that do not come any more.
         if self.watch is None:
             return
@@ -280,6 +299,10 @@ class Ranks(Group):
         if not asked and not self.watch.lost:
             self.watch.publish(f"rank {self.rank} ended: {type(error).__name__}: {_first_line(error)}")
         self.watch.stop(on_purpose=asked)
+
+    def _close_channels(self) -> None:
+        for channel in self._channels:
+            channel.close()
 
 
 def _packed(obj: Any) -> torch.Tensor:

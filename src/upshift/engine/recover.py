@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 #: Times in a row that a training goes back before it gives up.
 MOST_TRIES = 3
@@ -59,6 +61,21 @@ class Spikes:
         self._losses.clear()
         self._above = []
         self._ceiling, self._count = math.inf, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to tell a spike where an uninterrupted one does."""
+        return {
+            "losses": list(self._losses), "ceiling": self._ceiling, "count": self._count,
+            "above": [list(place) for place in self._above], "off": self.off,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; from nothing where the state is empty (a checkpoint of an earlier version)."""
+        self.forget()
+        self._losses.extend(state.get("losses", ()))
+        self._ceiling, self._count = state.get("ceiling", math.inf), state.get("count", 0)
+        self._above = [(epoch, cursor) for epoch, cursor in state.get("above", ())]
+        self.off = bool(state.get("off", False))
 
 
 @dataclass

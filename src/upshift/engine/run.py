@@ -69,9 +69,10 @@ def train_job(job: Job, settings: Execution | None = None, outside: dict[str, st
         if settings.out is not None:
             from upshift.checkpoint.store import Store
 
+            # The thread that saves agrees with the other ranks beside the training.
+            channel = group.channel()
             store = Store(
-                settings.out, rank=group.rank, world=group.world, gather=group.gather if group.world > 1 else None,
-                broadcast=group.broadcast if group.world > 1 else None,
+                settings.out, rank=group.rank, world=group.world, gather=channel.gather, broadcast=channel.broadcast,
                 say=lambda text: _tell(recorder, settings, group, "checkpoint", text),
             )  # fmt: skip
             store.acquire()
@@ -113,9 +114,10 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
         training.begins()
         loop.train(training)
         if group.world > 1 and training.speed is not None:
-            training.say("scaling", sentence(training.speed, group.world, None))
+            training.say("scaling", sentence(training.speed, group.world, training.efficiency))
     except BaseException as raised:
         error = raised
+        training.boundary.close()
         raise
     finally:
         stop.safe.set()
@@ -131,7 +133,7 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
         reached=training.results.reached,
         folder=settings.out,
         code=stop.code if halted else DONE,
-        how=f"{stop.why}: stopped after step {progress.step:,}" if halted else "",
+        how=f"{stop.why}: {training.boundary.kept or f'stopped after step {progress.step:,}'}" if halted else "",
         model=parts.model,
     )
 

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upshift.engine import loop
-from upshift.engine.loop import Again, Halted
+from upshift.engine.boundary import Boundary
+from upshift.engine.loop import CHANGING, RESTING, Again, Halted
 from upshift.engine.memory import smaller
 from upshift.engine.optimizers import evaluating
 from upshift.engine.preempt import StopRequest
 from upshift.engine.recover import Place, Recovery, Spikes
 from upshift.engine.results import Results
+from upshift.engine.scaling import Turns, not_measured, schedule
 from upshift.errors import TrainingError
 
 if TYPE_CHECKING:
     from upshift.engine.parts import Parts
     from upshift.engine.recording import Recorder
     from upshift.engine.saving import Saving
+    from upshift.sites import BackwardApplied
 
 #: Seconds between two looks at the clock's business: windows of the record, progress, saving.
 TICK = 0.25
@@ -61,23 +64,57 @@ class Training:
         self.before_step: tuple[Any, ...] = (self._first_step,)
         self.loss = parts.loss
         self.forward: Any = self._first_forward
+        self.scaling: BackwardApplied | None = None
         self._parameters = list(parts.parameters)
         self.rate = parts.schedule
         self._began = self._tick = self._window = time.perf_counter()
         self._spiking = parts.settings.spikes
         self.alone = parts.group.world == 1
         self.description = parts.description
+        self.boundary = stop.late = Boundary(self)
+        parts.asked = lambda: stop.asked
         self._losses, self._samples = recorder.losses, 0
+        self.evaluated_samples = 0.0
+        recorder.epochs = self._epochs_made
         self._in_evaluation = False
         self._stop_at = parts.settings.stop_at
         # What the ranks agreed on: a rank that acted by itself would leave the others waiting.
         self._all_stop = self._all_save = False
+        self._turns: Turns | None = None
+        self.efficiency = not_measured("the run ended before one rank alone was timed")
 
     def begins(self) -> None:
         """Everything is restored: the clocks start."""
         self._began = self._tick = self._window = time.perf_counter()
         self._samples = self.progress.samples
         self.recorder.rewound(self.progress.step)
+        self._ticked = self.progress.step
+        if self.alone and self.stop.asked:
+            self.halt()
+        if not self.alone:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Time one rank alone in the first updates, where the run is long enough."""
+        steps = self.parts.span.steps
+        left = None if steps is None else steps - self.progress.step
+        overlaps = self.group.device.type == "cuda"
+        kinds, why = schedule(left, sharded=self.settings.parallel == "fsdp2", overlaps=overlaps)
+        if kinds:
+            self._turns = Turns(self.group, kinds)
+        else:
+            self.efficiency = not_measured(why)
+
+    def _no_turns(self, why: str) -> None:
+        self._turns, self.efficiency = None, not_measured(why)
+
+    def _timed(self) -> None:
+        """An update is made that took part in timing one rank alone."""
+        if self._turns is not None:
+            found = self._turns.ends()
+            self.efficiency = found or self.efficiency
+            if self._turns.over:
+                self._turns = None
 
     @property
     def seconds(self) -> float:
@@ -89,6 +126,10 @@ class Training:
         """Samples per second of all ranks since this process began to train; None where it trained none."""
         trained = self.progress.samples - self._samples
         return trained / (time.perf_counter() - self._began) if trained > 0 else None
+
+    def _epochs_made(self) -> float | None:
+        length = self.parts.data.length
+        return None if not length else self.progress.epoch + self.progress.cursor / length
 
     # -- how far ------------------------------------------------------------------------------------------------
 
@@ -112,6 +153,7 @@ class Training:
         every, step = self.job.eval_every, self.progress.step
         if every is not None and step and step % every == 0:
             self.evaluate()  # a run that was stopped in the middle of it
+        self.boundary.rest()
 
     def batches(self) -> Iterator[Any]:
         """What is left of this epoch, one global batch at a time, without those that are left out."""
@@ -119,7 +161,7 @@ class Training:
         left_out = set(self.recovery.left_out)
         on_batch = self.settings.on_batch
         last = self.job.steps
-        if not left_out and on_batch is None and last is None:
+        if not left_out and on_batch is None and last is None and self._turns is None:
             yield from data.epoch(progress.epoch, progress.cursor)
             return
         for batch in data.epoch(progress.epoch, progress.cursor):
@@ -128,6 +170,10 @@ class Training:
                 continue
             if on_batch is not None:
                 on_batch(progress.step, progress.epoch, [index for part in batch.parts for index in part.indices])
+            if self._turns is not None and self.scaling is not None:
+                self._no_turns("a scaled gradient makes the ranks agree in the middle of a step")
+            if self._turns is not None:
+                self._turns.begins(batch)
             yield batch
             if last is not None and progress.step >= last:
                 return
@@ -139,6 +185,7 @@ class Training:
         if self.job.eval_data is not None and (self.job.eval_every is None or last):
             # Before the epoch is counted: a run stopped in here comes back to it.
             self.evaluate()
+        self.boundary.enter(CHANGING)
         if progress.step != self.job.steps:
             progress.epoch, progress.cursor = progress.epoch + 1, 0
         if self.alone:
@@ -146,6 +193,7 @@ class Training:
 
     def ends(self) -> None:
         """The loop is over; what it came to is saved."""
+        self.boundary.close()
         self.saving.last(self)
         self.stop.safe.set()
 
@@ -155,6 +203,7 @@ class Training:
         """Let the techniques act on the model that is about to be called for the first time."""
         self.parts.model_seen(batch)
         self.forward = self.parts.make_forward()
+        self.scaling = self.parts.stage.backward()
         found: tuple[Any, Any] = self.forward(batch)
         return found
 
@@ -168,6 +217,8 @@ class Training:
             if -math.inf < total < math.inf:
                 return total
             return self._unusable(batch, total)
+        if self._turns is not None:
+            self._turns.computed()
         count = math.fsum(float(item) for item in counts)
         wrong, lost = not math.isfinite(total), 0.0
         if not self.alone:
@@ -196,6 +247,8 @@ class Training:
         elif lost:
             # Samples that could not be read: weights were those of the whole batch.
             self._scale_gradients(batch.samples / (batch.samples - lost))
+        if self._turns is not None:
+            self._turns.agreed()
         return loss
 
     def _scale_gradients(self, factor: float) -> None:
@@ -215,12 +268,33 @@ class Training:
         for before in self.before_step:
             before(optimizer)
 
+    def unscaled(self, optimizer: Any) -> bool:
+        """Whether the gradients, which are those of the loss itself afterwards, can be used; the ranks agree on it.
+
+        Raises:
+            Again: not at any scale. The technique that scales is taken off.
+        """
+        scaling = self.scaling
+        if scaling is None or scaling.unscaled(optimizer):
+            return True
+        if scaling.problem and self.parts.stage.names:
+            self._go_back(f"{scaling.problem} at step {self.progress.step + 1}", [], 0)
+            raise Again
+        self.recorder.event(
+            "overflow", f"gradients of step {self.progress.step + 1} have overflowed: no optimizer step is made of them"
+        )
+        return False
+
     def drop_gradients(self) -> None:
         """Before an update is tried again."""
+        if self._turns is not None:
+            self._no_turns("an update was made again while one rank alone was timed")
         self.optimizer.zero_grad(set_to_none=True)
 
     def updated(self, batch: Any, loss: float) -> None:
         """An update was made: count it, and see to what is due."""
+        if self._turns is not None:
+            self._timed()
         progress, results = self.progress, self.results
         spike = self.spikes.add(loss, progress.epoch, progress.cursor) if self._spiking else None
         progress.step += 1
@@ -231,6 +305,8 @@ class Training:
         self._losses.append(loss)
         if spike:
             self._spiked(spike, loss, batch.samples)
+        boundary = self.boundary
+        boundary.phase, boundary.note = RESTING, None
         if progress.step == self._stop_at:
             self.stop.ask("a stop at this step")
             self._all_stop = True
@@ -241,9 +317,14 @@ class Training:
         every = self.job.eval_every
         if every is not None and progress.step % every == 0 and not self.halted:
             self.evaluate()
+        if boundary.noting and not self.halted:
+            boundary.rest()
 
     def _tick_now(self, loss: float) -> None:
-        now = self._tick = time.perf_counter()
+        now, made = time.perf_counter(), self.progress.step - self._ticked
+        if made > 0:
+            self.boundary.paced((now - self._tick) / made)
+        self._tick, self._ticked = now, self.progress.step
         if now - self._window > WINDOW:
             self._window = now
             self.recovery.passed(self.progress.step)
@@ -258,7 +339,9 @@ class Training:
         if self._all_save or (self.alone and self.saving.due(self.progress.step)):
             self._all_save = False
             if not self.spikes.suspicious:
+                self.boundary.enter(CHANGING)
                 self.saving.save(self)
+                self.boundary.phase = RESTING
 
     def poll(self) -> None:
         """Whether somebody asked to stop. Ranks agree on it in `agree`; in evaluation only a run alone can stop.
@@ -338,12 +421,13 @@ class Training:
         raise Again
 
     def _go_back(self, what: str, places: list[Place], samples: int) -> None:
+        self.boundary.enter(CHANGING)
         recovery = self.recovery
         if self.parts.stage.names:
             names = ", ".join(self.parts.stage.names)
             self.parts.without_techniques(what)
             self.forward = self.parts.make_forward()
-            self.before_step = ()
+            self.before_step, self.scaling = (), None
             self.say("guard", f"{what}; {names} came off, back to the last good state")
         else:
             recovery.went_back(self.progress.step, places)
@@ -351,10 +435,11 @@ class Training:
             self.say(
                 "guard", f"{what}; back to the last good state, without samples {first} to {last} of epoch {epoch}"
             )
-        elapsed = self.progress.seconds
+        elapsed, off = self.progress.seconds, self.spikes.off
         self.saving.rewind(self)
         self.recovery, self.progress.seconds = recovery, elapsed
         self.spikes.forget()
+        self.spikes.off = off
         self.recorder.rewound(self.progress.step)
 
     def say(self, kind: str, text: str) -> None:
@@ -384,10 +469,17 @@ class Training:
         self._in_evaluation = True
         self.model.eval()
         swapped = self.average.swapped() if self.average is not None else contextlib.nullcontext()
+        boundary = self.boundary
         try:
+            boundary.enter(CHANGING)
             with evaluating(self.optimizer), swapped:
-                yield
+                boundary.computes()
+                try:
+                    yield
+                finally:
+                    boundary.enter(CHANGING)
         finally:
+            boundary.computes()
             self.model.train()
             self._in_evaluation = False
 
@@ -395,12 +487,15 @@ class Training:
         """Evaluate now; say it, remember the best, stop where the job says so."""
         if self.progress.evaluated == self.progress.step:
             return
+        self.boundary.before_evaluation()
         found, seconds = loop.timed_evaluation(self)
+        self.boundary.after_evaluation(seconds)
         self.progress.evaluated = self.progress.step
-        self.recorder.evaluated(seconds, self.progress.step, found)
+        self.recorder.evaluated(seconds, self.progress.step, found, self.evaluated_samples)
         self.saving.evaluated(self.results.take(self, found))
         if self.settings.metrics is not None and self.group.main:
             self.settings.metrics(self.progress.step, self.progress.epoch + 1, found)
         if self.parts.schedule is not None:
             self.parts.schedule.evaluated(found["loss"])
-        self._tick = time.perf_counter()
+        self._tick, self._ticked = time.perf_counter(), self.progress.step
+        self.boundary.phase, self.boundary.note = RESTING, None
