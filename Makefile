@@ -60,9 +60,11 @@ bench: $(STAMP)  ## measure the figures of benchmarks/RESULTS.md (long)
 bench-proof: $(STAMP)  ## how often the proof is wrong, on trials whose truth is known (about an hour)
 	$(BIN)/python benchmarks/bench_proof.py
 
-bench-engine: $(STAMP)  ## what the engine of jobs costs a step, against the raw loop and other frameworks
+bench-engine: $(STAMP)  ## the engine of jobs: a step against other frameworks, stalls of saving, goodput under kills (two hours)
 	$(BIN)/python benchmarks/engine/overhead.py
 	$(BIN)/python benchmarks/engine/overhead.py --tiny
+	$(BIN)/python benchmarks/engine/stall.py
+	$(BIN)/python benchmarks/engine/goodput.py
 
 bench-ledger: $(STAMP)  ## what recording costs, how good estimates are, how long a long run's report takes
 	$(BIN)/python benchmarks/ledger/overhead.py

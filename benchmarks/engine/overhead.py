@@ -8,17 +8,19 @@ and leaves out the first quarter of the steps. It is the thread's CPU time, so t
 count (writing a checkpoint, which is another thread's work, does not count either; the copy before it does).
 Reported: median over rounds of the difference to the raw loop of the same round, with the order statistics that bound
 it at 95 %, and the difference of the least times. `--tiny` takes a model of 18 parameters and plain SGD in place of the
-MLP: the loop's own cost is the same, and what surrounds it is less noisy.
+MLP: the loop's own cost is the same, and what surrounds it is less noisy. Every arm's loss must fall.
 
 raw               slices of a tensor permuted once an epoch: the cheapest data path there is
 raw, DataLoader   torch's DataLoader over a TensorDataset, no workers
 upshift           `train_job`, nothing written
 upshift, all on   with metrics, the record, and three checkpoints inside the window
+others            see frameworks.py; one that cannot be imported is named with the reason
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
@@ -27,55 +29,19 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from frameworks import OTHERS, PACKAGES, accept_torchvision
+from loop_task import BATCH, SAMPLES, Clock, X, Y, loader, model, optimizer
 
 from upshift import Job
 from upshift.engine.run import train_job
 from upshift.engine.settings import Execution
-
-SAMPLES, BATCH = 8192, 32
-TINY = "--tiny" in sys.argv
-
-
-def model() -> torch.nn.Module:
-    """The MLP, or one layer of 8 inputs and 2 outputs."""
-    if TINY:
-        return torch.nn.Linear(8, 2)
-    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-
-
-X = torch.randn(SAMPLES, 8 if TINY else 64)
-Y = torch.randint(0, 2 if TINY else 10, (SAMPLES,))
-optimizer = partial(torch.optim.SGD, lr=1e-3) if TINY else partial(torch.optim.AdamW, lr=1e-3)
-
-
-class Clock:
-    """Cross entropy that notes the time at two of its calls."""
-
-    def __init__(self, steps: int) -> None:
-        self.first, self.last, self.calls = steps // 4, steps, 0
-        self.began = self.ended = 0.0
-
-    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if output.requires_grad:
-            self.calls += 1
-            if self.calls == self.first:
-                self.began = time.thread_time()
-            elif self.calls == self.last:
-                self.ended = time.thread_time()
-        return F.cross_entropy(output, target)
-
-    @property
-    def microseconds(self) -> float:
-        """Microseconds a step."""
-        return (self.ended - self.began) / (self.last - self.first) * 1e6
 
 
 def raw(steps: int, loss: Clock) -> None:
@@ -100,10 +66,10 @@ def raw_loader(steps: int, loss: Clock) -> None:
     """The same with a DataLoader."""
     net = model()
     step = optimizer(net.parameters())
-    loader = DataLoader(TensorDataset(X, Y), batch_size=BATCH, shuffle=True)
+    batches = loader()
     done = 0
     while done < steps:
-        for x, y in loader:
+        for x, y in batches:
             loss(net(x), y).backward()
             step.step()
             step.zero_grad()
@@ -130,87 +96,47 @@ def everything(steps: int, loss: Clock) -> None:
         train_job(full, Execution(out=Path(folder), save_steps=steps // 4, signals=False))
 
 
-def fabric(steps: int, loss: Clock) -> None:
-    """Lightning Fabric."""
-    from lightning.fabric import Fabric
-
-    f = Fabric(accelerator="cpu", devices=1)
-    net = model()
-    net, step = f.setup(net, optimizer(net.parameters()))
-    loader = f.setup_dataloaders(DataLoader(TensorDataset(X, Y), batch_size=BATCH, shuffle=True))
-    done = 0
-    while done < steps:
-        for x, y in loader:
-            f.backward(loss(net(x), y))
-            step.step()
-            step.zero_grad()
-            done += 1
-            if done == steps:
-                break
-
-
-def accelerate(steps: int, loss: Clock) -> None:
-    """Accelerate."""
-    from accelerate import Accelerator
-
-    a = Accelerator(cpu=True)
-    net = model()
-    loader = DataLoader(TensorDataset(X, Y), batch_size=BATCH, shuffle=True)
-    net, step, loader = a.prepare(net, optimizer(net.parameters()), loader)
-    done = 0
-    while done < steps:
-        for x, y in loader:
-            a.backward(loss(net(x), y))
-            step.step()
-            step.zero_grad()
-            done += 1
-            if done == steps:
-                break
-
-
-def lightning(steps: int, loss: Clock) -> None:
-    """Lightning's Trainer, without logger, bar and checkpoints."""
-    import logging
-
-    import lightning.pytorch as pl
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model()
-
-        def training_step(self, batch, _):  # type: ignore[no-untyped-def]
-            return loss(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):  # type: ignore[no-untyped-def]
-            return optimizer(self.parameters())
-
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Module(), DataLoader(TensorDataset(X, Y), batch_size=BATCH, shuffle=True))
-
-
 ARMS: dict[str, Callable[[int, Clock], None]] = {
     "raw": raw,
     "raw, DataLoader": raw_loader,
     "upshift": bare,
     "upshift, all on": everything,
 }
-OTHERS = {
-    "fabric": ("lightning", fabric),
-    "accelerate": ("accelerate", accelerate),
-    "lightning": ("lightning", lightning),
-}
+
+
+def usable(steps: int) -> tuple[dict[str, Callable[[int, Clock], None]], dict[str, str]]:
+    """The arms that train here, each tried once, and why the others do not."""
+    arms, left_out = dict(ARMS), {}
+    accept_torchvision()
+    for name, (packages, arm) in OTHERS.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        left_out[name] = f"{missing[0]} is not installed" if missing else once(arm, steps)
+        if not left_out[name]:
+            arms[name] = arm
+            del left_out[name]
+    return arms, left_out
+
+
+def once(arm: Callable[[int, Clock], None], steps: int) -> str:
+    """What keeps an arm from training, found by doing it once; empty where nothing does."""
+    clock = Clock(steps)
+    try:
+        with quiet():
+            arm(steps, clock)
+    except Exception as error:  # foreign code may raise anything, at its import too
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return clock.problem()
+
+
+@contextlib.contextmanager
+def quiet():  # type: ignore[no-untyped-def]
+    """What the arms print is not part of the table."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def main() -> None:
     """Time, print."""
-    from importlib.util import find_spec
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2000)
@@ -219,12 +145,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    arms = dict(ARMS)
-    for name, (package, arm) in OTHERS.items():
-        if find_spec(package) is not None:
-            arms[name] = arm
-        else:
-            print(f"{name}: {package} is not installed, left out", file=sys.stderr)
+    arms, left_out = usable(min(options.steps, 512))
+    for name, why in left_out.items():
+        print(f"{name}: left out, {why}", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in arms}
     draw = random.Random(0)
     for number in range(options.rounds):
@@ -232,32 +155,51 @@ def main() -> None:
         draw.shuffle(order)
         for name in order:
             clock = Clock(options.steps)
-            arms[name](options.steps, clock)
+            with quiet():
+                arms[name](options.steps, clock)
+            if clock.problem():
+                raise SystemExit(f"{name}: {clock.problem()}")
             times[name].append(clock.microseconds)
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-    lines = [
-        "| loop | us a step | over raw | 95 % | least over least | against raw with a DataLoader |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, found in times.items():
-        over = sorted(a - b for a, b in zip(found, times["raw"], strict=True))
-        ratio = statistics.median(b / a for a, b in zip(found, times["raw, DataLoader"], strict=True))
-        low, high = _bounds(over)
-        lines.append(
-            f"| {name} | {statistics.median(found):.1f} | {statistics.median(over):+.1f} | {low:+.1f} to {high:+.1f} | "
-            f"{min(found) - min(times['raw']):+.1f} | {ratio:.2f}x |"
-        )
-    text = f"{options.rounds} rounds of {options.steps} steps, torch {torch.__version__}, one thread\n\n" + "\n".join(
-        lines
-    )
+        print(f"{time.strftime('%H:%M:%S')} round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    text = table(times, left_out, options.steps)
     print(text)
     if options.into:
         with open(options.into, "a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
 
 
-def _bounds(values: list[float]) -> tuple[float, float]:
-    """Order statistics that hold the median with at least 95 % (binomial)."""
+def table(times: dict[str, list[float]], left_out: dict[str, str], steps: int) -> str:
+    """The rounds as Markdown."""
+    n = len(times["raw"])
+    lines = [
+        f"{n} rounds of {steps} steps, one thread, torch {torch.__version__}, {', '.join(versions())}",
+        "",
+        "| loop | us a step | over raw | 95 % | least over least | against raw with a DataLoader |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in times.items():
+        over = sorted(a - b for a, b in zip(found, times["raw"], strict=True))
+        ratio = statistics.median(b / a for a, b in zip(found, times["raw, DataLoader"], strict=True))
+        low, high = bounds(over)
+        lines.append(
+            f"| {name} | {statistics.median(found):.1f} | {statistics.median(over):+.1f} | {low:+.1f} to {high:+.1f} | "
+            f"{min(found) - min(times['raw']):+.1f} | {ratio:.2f}x |"
+        )
+    lines += [f"| {name} | not measured: {why} | | | | |" for name, why in left_out.items()]
+    return "\n".join(lines)
+
+
+def versions() -> list[str]:
+    """The frameworks that are installed."""
+    found = []
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return found or ["no other framework"]
+
+
+def bounds(values: list[float]) -> tuple[float, float]:
+    """Order statistics that hold the median with at least 95 % (binomial); all of the values where they are too few."""
     from math import comb
 
     n, drop = len(values), 0
