@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant("records/fingerprint.py", "if was.settings != settings_digest(plan.techniques):", "if False:",
            "tests/records/test_fingerprint.py::test_every_change_is_named"),
     # Techniques
-    Mutant("techniques/bf16.py", "cache_enabled=False", "cache_enabled=True",
+    Mutant("sites/autocast.py", "cache_enabled=False", "cache_enabled=True",
            "tests/techniques/test_bf16.py::test_a_no_grad_forward_does_not_take_gradients_from_the_next_one"),
     Mutant("techniques/loader.py", "        if not main_guard:\n", "        if False:\n",
            "tests/techniques/test_loader.py::test_spawn_needs_the_main_guard"),
