@@ -349,7 +349,7 @@ def test_diagnose_speaks_of_a_batch_of_two_and_not_of_one_of_512(
     write: Callable[[str, str], Path], batch: int, speaks: bool
 ) -> None:
     script = write("train.py", SCRIPT.format(batch=batch))
-    options = ("--no-probe", "-q", "--seconds", "6s", "--json", "found.json")
+    options = ("--no-probe", "-q", "--seconds", "12s", "--json", "found.json")
     ended = upshift("diagnose", *options, script.name, cwd=script.parent)
     assert ended.code == 0, ended.err
     m = read(script.parent / "found.json", Measurement)

@@ -15,6 +15,7 @@ from rich.console import Console
 from sample_records import HOSTILE
 
 from upshift.records import Finding, Measurement, Plan, Run, TuneReport
+from upshift.records.plan import Pace
 from upshift.records.quantity import Record
 from upshift.records.trial import Band
 from upshift.report import html, terminal
@@ -54,6 +55,10 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(any_of(arguments[0]), any_of(arguments[1]), max_size=2)
     if kind is Band:
         return st.integers(1, 3).flatmap(a_band)
+    if kind is Pace:
+        # It checks itself, so only sound ones can lie in a plan.
+        figures = st.lists(st.floats(1e-9, 1e9), min_size=3, max_size=3).map(sorted)
+        return figures.map(lambda it: Pace(seconds=it[1], low=it[0], high=it[2], stretches=3))
     assert issubclass(kind, Record), kind
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: any_of(hints[name]) for name in kind.__struct_fields__})
