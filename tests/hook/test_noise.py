@@ -350,7 +350,7 @@ def test_diagnose_speaks_of_a_batch_of_two_and_not_of_one_of_512(
 ) -> None:
     script = write("train.py", SCRIPT.format(batch=batch))
     options = ("--no-probe", "-q", "--seconds", "6s", "--json", "found.json")
-    # Where other programs hold the cores few gradients are seen, and the low end of the scale may stay too low to speak.
+    # Where other programs hold the cores few gradients are seen, and the low end of the scale may stay too low.
     for _ in range(3 if speaks else 1):
         ended = upshift("diagnose", *options, script.name, cwd=script.parent)
         assert ended.code == 0, ended.err
