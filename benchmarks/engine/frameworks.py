@@ -46,6 +46,19 @@ def accept_torchvision() -> None:
             declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def _by_hand(net: Any, step: Any, batches: Any, backward: Callable[[Any], Any], steps: int, loss: Clock) -> None:
+    """The loop that Fabric and Accelerate leave to the person."""
+    done = 0
+    while done < steps:
+        for x, y in batches:
+            backward(loss(net(x), y))
+            step.step()
+            step.zero_grad()
+            done += 1
+            if done == steps:
+                break
+
+
 def fabric(steps: int, loss: Clock) -> None:
     """Lightning Fabric."""
     from lightning.fabric import Fabric
@@ -53,16 +66,7 @@ def fabric(steps: int, loss: Clock) -> None:
     f = Fabric(accelerator="cpu", devices=1)
     net = model()
     net, step = f.setup(net, optimizer(net.parameters()))
-    batches = f.setup_dataloaders(loader())
-    done = 0
-    while done < steps:
-        for x, y in batches:
-            f.backward(loss(net(x), y))
-            step.step()
-            step.zero_grad()
-            done += 1
-            if done == steps:
-                break
+    _by_hand(net, step, f.setup_dataloaders(loader()), f.backward, steps, loss)
 
 
 def accelerate(steps: int, loss: Clock) -> None:
@@ -72,15 +76,7 @@ def accelerate(steps: int, loss: Clock) -> None:
     a = Accelerator(cpu=True)
     net = model()
     net, step, batches = a.prepare(net, optimizer(net.parameters()), loader())
-    done = 0
-    while done < steps:
-        for x, y in batches:
-            a.backward(loss(net(x), y))
-            step.step()
-            step.zero_grad()
-            done += 1
-            if done == steps:
-                break
+    _by_hand(net, step, batches, a.backward, steps, loss)
 
 
 def lightning(steps: int, loss: Clock) -> None:

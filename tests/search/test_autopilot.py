@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import pytest
 from fake_runner import FakeRunner, World
+from made_techniques import make_technique
 
 from upshift.measure.anatomy import anatomy
 from upshift.measure.steps import StepRecord
 from upshift.records import Measurement, ScriptFacts
 from upshift.search import duel as duel_module
 from upshift.search.autopilot import Autopilot, Options, Outcome
-from upshift.sites import Card, Numerics, Verdict
+from upshift.sites import Numerics
 from upshift.sites.runner import ChildSpec
-
-
-def make_technique(name: str, *, live: bool = True, numerics: Numerics = Numerics.ROUNDING, gain: float = 1.5,
-                   applies: bool = True, conflicts: tuple[str, ...] = ()) -> Any:  # fmt: skip
-    made = Card(
-        name=name, summary="", source="", sites=("forward",), numerics=numerics,
-        switchable="live" if live else "process", targets=("forward",), conflicts=conflicts,
-    )  # fmt: skip
-
-    class Made:
-        card: ClassVar[Card] = made
-
-        def numerics(self, settings: Any, facts: Any) -> Numerics:
-            return made.numerics
-
-        def check(self, seen: Measurement) -> Verdict:
-            return Verdict(applies, "because", gain=gain)
-
-        def at(self, moment: Any, settings: Any) -> None: ...
-
-    return Made()
 
 
 def seen(step: float = 0.1, **facts: Any) -> Measurement:

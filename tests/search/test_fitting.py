@@ -12,6 +12,7 @@ import pytest
 from fake_runner import FakeChild, FakeRunner, World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_techniques import make_technique
 
 from upshift.measure.anatomy import anatomy
 from upshift.measure.steps import StepRecord
@@ -20,7 +21,7 @@ from upshift.search.autopilot import Autopilot, Options, Outcome
 from upshift.search.candidates import Candidate
 from upshift.search.duel import Duel
 from upshift.search.fitting import Fitting, out_of_memory
-from upshift.sites import Card, Numerics, Verdict
+from upshift.sites import Numerics
 from upshift.sites.runner import ChildSpec
 
 GIB = 2**30
@@ -63,23 +64,7 @@ class Runner(FakeRunner):
 
 def technique(name: str, *, saves: bool = True, live: bool = False, numerics: Numerics = Numerics.BITWISE,
               gain: float | None = None, conflicts: tuple[str, ...] = ()) -> Any:  # fmt: skip
-    made = Card(
-        name=name, summary="", source="", sites=("forward",), numerics=numerics, saves_memory=saves,
-        switchable="live" if live else "process", targets=("forward",), conflicts=conflicts,
-    )  # fmt: skip
-
-    class Made:
-        card: ClassVar[Card] = made
-
-        def numerics(self, settings: Any, facts: Any) -> Numerics:
-            return made.numerics
-
-        def check(self, seen: Measurement) -> Verdict:
-            return Verdict(True, "because", gain=gain)
-
-        def at(self, moment: Any, settings: Any) -> None: ...
-
-    return Made()
+    return make_technique(name, live=live, numerics=numerics, gain=gain, saves=saves, conflicts=conflicts)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from upshift.sites.attempt import BeforeCall
 from upshift.sites.protocol import BaseApplied, NoEffect
 
 if TYPE_CHECKING:
@@ -82,34 +83,6 @@ def _same(new: list[Any], old: tuple[Any, ...] | list[Any]) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-class _State:
-    """What a failed first call may have changed: buffers and random streams."""
-
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
-        import random
-
-        import torch
-
-        self.buffers = [(item, item.detach().clone()) for item in module.buffers()]
-        self.python = random.getstate()
-        self.cpu = torch.get_rng_state()
-        self.device = device
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        import random
-
-        import torch
-
-        with torch.no_grad():
-            for item, old in self.buffers:
-                item.copy_(old)
-        random.setstate(self.python)
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-
 class AutocastApplied(BaseApplied):
     """Autocast to `dtype` around the calls of one root module."""
 
@@ -141,7 +114,7 @@ class AutocastApplied(BaseApplied):
             return call(*args, **kwargs)
         # The first call in each mode is watched: an operation without a kernel of that dtype raises there.
         first = module.training not in self._tried
-        before = _State(module, self._device) if first else None
+        before = BeforeCall(module, self._device) if first else None
         try:
             with torch.autocast(kind, dtype=self._dtype, cache_enabled=False):
                 output = call(*args, **kwargs)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from upshift.records.measurement import Measurement, ScriptFacts
 from upshift.records.plan import Setting
 from upshift.sites import Applied, Card, ModelSeen, Moment, NoEffect, Numerics, OptimizerSeen, Verdict
+from upshift.sites.attempt import BeforeCall
 from upshift.sites.protocol import BaseApplied, SettingSpec
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Model(BaseApplied):
         keywords = {name: self._convert(item, True) for name, item in kwargs.items()}
         if module.training in self._tried:
             return self._back(call(*converted, **keywords))
-        before = _State(module)
+        before = BeforeCall(module, _device(module))
         try:
             output = call(*converted, **keywords)
         except RuntimeError as error:
@@ -203,32 +204,11 @@ class _Model(BaseApplied):
         self.switch(False)
 
 
-class _State:
-    """What a failed first call may have changed: buffers and random streams."""
+def _device(module: torch.nn.Module) -> torch.device:
+    """The accelerator that a parameter is on, else the CPU."""
+    import torch
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        import random
-
-        import torch
-
-        self.buffers = [(item, item.detach().clone()) for item in module.buffers()]
-        self.python = random.getstate()
-        self.cpu = torch.get_rng_state()
-        cuda = next((item.device for item in module.parameters() if item.device.type == "cuda"), None)
-        self.cuda = None if cuda is None else (torch.cuda.get_rng_state(cuda), cuda)
-
-    def restore(self) -> None:
-        import random
-
-        import torch
-
-        with torch.no_grad():
-            for item, old in self.buffers:
-                item.copy_(old)
-        random.setstate(self.python)
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(*self.cuda)
+    return next((item.device for item in module.parameters() if item.device.type == "cuda"), torch.device("cpu"))
 
 
 class _Optimizer(BaseApplied):
