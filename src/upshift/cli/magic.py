@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from upshift.errors import UpshiftError, UsageError
@@ -62,28 +62,22 @@ def run_cell(line: str, cell: str, names: Mapping[str, object]) -> None:
         print(f"upshift: left out: {', '.join(written.dropped)}")
     missing = ""
     # Not a session of its own: an interrupt of the kernel, or its end, reaches the training by itself.
-    with subprocess.Popen(
-        [sys.executable, "-m", "upshift", command, *options, str(written.script), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        text=True,
-        errors="replace",
-    ) as process:
-        lines = _lines_of(process)
-        interrupted = False
-        while True:
-            try:
-                while text := lines.get():
-                    print(text, end="", flush=True)
-                    found = re.search(r"NameError: name '(\w+)' is not defined", text)
-                    missing = found[1] if found else missing
-                break
-            except KeyboardInterrupt:  # `tune` then writes what it has; asked again, it is ended
-                if interrupted:
-                    process.terminate()
-                interrupted = True
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "upshift", command, *options, str(written.script), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            text=True,
+            errors="replace",
+        ) as process,
+        _interrupts_for(process),
+    ):
+        for text in process.stdout or ():
+            print(text, end="", flush=True)
+            found = re.search(r"NameError: name '(\w+)' is not defined", text)
+            missing = found[1] if found else missing
     if process.returncode == 0:
         return
     if missing in names:
@@ -96,17 +90,28 @@ def run_cell(line: str, cell: str, names: Mapping[str, object]) -> None:
     raise CellError(f"{command} ended {how}.")
 
 
-def _lines_of(process: subprocess.Popen[str]) -> SimpleQueue[str]:
-    """What a process prints, then an empty line; read apart, so that an interrupt of the kernel loses nothing."""
-    lines: SimpleQueue[str] = SimpleQueue()
+@contextmanager
+def _interrupts_for(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Leave an interrupt of the kernel to the process, which it reaches too; asked again, end the process.
 
-    def read() -> None:
-        for text in process.stdout or ():
-            lines.put(text)
-        lines.put("")
+    A `KeyboardInterrupt` here could fall between reading a line and printing it, and lose the line.
+    """
+    asked = False
 
-    threading.Thread(target=read, daemon=True).start()
-    return lines
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            process.terminate()
+        asked = True  # `tune` now writes what it has
+
+    if threading.current_thread() is not threading.main_thread():  # no interrupt arrives elsewhere
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parse(line: str) -> tuple[str, str, list[str], list[str]]:
