@@ -13,6 +13,7 @@ from torch import nn
 from watched import watched
 
 from upshift.hook.guarded import RunController
+from upshift.measure.steps import StepRecord
 from upshift.records.runfold import fold
 from upshift.sites import Card, ModelSeen, Numerics, OptimizerSeen
 from upshift.sites.protocol import BaseApplied
@@ -239,3 +240,17 @@ def test_full_disk_is_remembered_and_training_goes_on(tmp_path, capsys, monkeypa
         run.finish(None)
     assert all(map(math.isfinite, losses))
     assert "the record is incomplete: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("teachers", "seconds", "evaluation"), [(0, 0.5, 0.3), (10, 0.8, 0.0)])
+def test_windows_hold_training_apart_from_evaluation_and_checkpoints(tmp_path, teachers, seconds, evaluation):
+    """Work without gradients in every step is a teacher, and a part of training."""
+    steps = StepRecord(**{**dict.fromkeys(StepRecord._fields, 0), "losses": (), "at": 1.0, "steps": 10, "total": 1.0,
+                          "nograd": 0.3, "checkpoint": 0.2})  # fmt: skip
+    with guarded(tmp_path, Planted(lambda applied, where, out: out)) as run:
+        for _ in range(teachers):
+            run.remarks.passes.timed.add(0.03, 32)
+        run.on_step(steps)
+        run.finish(None)
+    window = fold(tmp_path).windows[0]
+    assert (window.seconds, window.evaluation, window.checkpoint) == pytest.approx((seconds, evaluation, 0.2))

@@ -18,7 +18,7 @@ from upshift.hook.controller import Controller, describe, exit_code
 from upshift.hook.lossguard import LossGuard
 from upshift.hook.pace import Pacing
 from upshift.hook.remarks import Remarks
-from upshift.measure.steps import TIMED, StepRecord
+from upshift.measure.steps import TIMED, StepRecord, training_seconds
 from upshift.records.runlog import LOG, RunLog
 from upshift.sites.runner import ChildSpec
 from upshift.units import seconds as in_words
@@ -104,16 +104,18 @@ class RunController(Controller):
         if self.looks_at_losses:
             self._look(steps, losses)
         self._tell_problems()
+        # A teacher in every step is part of it.
+        apart = self.remarks.passes.apart(self.steps)
         self.log.append(
             "steps",
             first=self.steps - record.steps,
             n=record.steps,
             at=record.at,
-            seconds=record.total,
+            seconds=training_seconds(record, apart),
             phases={name: getattr(record, name) for name in TIMED} if record.timed else {},
             loss=_finite(math.fsum(losses) / len(losses)) if losses else None,
             last_loss=_finite(self.last_loss),
-            evaluation=record.nograd,
+            evaluation=record.nograd if apart else 0.0,
             checkpoint=record.checkpoint,
         )
         self.remarks.window(record, self.watch, self.steps)

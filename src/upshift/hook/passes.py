@@ -60,7 +60,10 @@ class Passes:
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
+    def apart(self, steps: int) -> bool:
+        """Whether work without gradients is evaluation, now and then, and no part of each of the `steps`."""
+        return self.timed.evaluations <= max(APART * steps, 3)
+
     def inference(self, steps: int) -> InferenceTime | None:
         """The time of a sample in evaluation; None: none was seen, or it is part of each of the `steps`."""
-        found = self.timed
-        return None if found.found is None or found.evaluations > max(APART * steps, 3) else found
+        return self.timed if self.timed.found is not None and self.apart(steps) else None

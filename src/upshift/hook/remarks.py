@@ -32,12 +32,12 @@ class Remarks:
         self._written = self._last = -math.inf
         self._told = False
         self._printed: Printed | None = None
-        self._passes = Passes()
+        self.passes = Passes()
         self._epochs = 0.0
 
     def listen(self, watch: Watch) -> None:
         """torch is there: hear what the script prints from now on, and time its evaluations."""
-        watch.on_span = self._passes.timed.add
+        watch.on_span = self.passes.timed.add
         self._printed = Printed(watch)
         self._printed.install()
 
@@ -51,7 +51,7 @@ class Remarks:
             self._told = True
             with contextlib.suppress(Exception):  # a script's own classes may raise anything when they are looked at
                 self._tell(record, watch, steps)
-        self._passes.look(watch)
+        self.passes.look(watch)
         due = record.at - self._written >= max(SECONDS, SHARE * record.at)
         if self._printed is not None:
             self._printed.look()
@@ -70,13 +70,13 @@ class Remarks:
 
     def end(self, at: float, watch: Watch, steps: int) -> None:
         """The script has ended: write what is left, and what can only be said now."""
-        self._passes.look(watch)
+        self.passes.look(watch)
         if self._printed is not None:
             self._printed.tell(self._heard, at, last=True)
             self._printed.close()
         self.flush(at, steps)
         self._tell_epochs(watch, steps, at, 0.0)
-        found = self._passes.inference(steps)
+        found = self.passes.inference(steps)
         if found is not None and found.found is not None:
             self._log.append("model", at=at, text=found.told, values={"inference_seconds": found.found.value})
         if self._printed is not None and self._printed.left_out:
@@ -94,7 +94,7 @@ class Remarks:
         self._log.append("metrics", at=self._last, text=text, step=step, values=known)
 
     def _tell_epochs(self, watch: Watch, steps: int, at: float, grown: float) -> None:
-        found = self._passes.epochs(watch, steps)
+        found = self.passes.epochs(watch, steps)
         if found is not None and found.value is not None and found.value > self._epochs * (1.0 + grown):
             self._epochs = found.value
             self._log.append("epochs", at=at, text=found.basis, values={"epochs": found.value})
