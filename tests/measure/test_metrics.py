@@ -34,6 +34,8 @@ def read(metric: str, *lines: str, source: str = "output.txt", regex: str | None
         ("ppl", "| end of epoch   1 | time: 53.72s | valid loss  5.41 | valid ppl   223.51", 223.51),
         ("top1:max", "Validation: top1=71.2%, top5=90.1%", 71.2),
         ("accuracy", "valAccuracy=1e-2", 0.01),
+        ("accuracy", "Accuracy of the network on the 10000 test images: 55 %", 55.0),
+        ("accuracy", "Test Accuracy of the model on the 10,000 test images: 97.31 %", 97.31),
         ("loss", "loss: nan", None),
     ],
 )
@@ -44,6 +46,24 @@ def test_names_and_values_in_lines(metric, line, value):
 
 def test_places_are_no_measures():
     assert pairs("epoch 3/10") == [] and pairs("Train Epoch: 1 [0/60000 (0%)]\tLoss: 2.3")[-1] == ("train Loss", 2.3)
+
+
+def test_a_result_comes_before_what_was_printed_on_the_way():
+    """As the reference training of ImageNet prints it: batches of training, of the evaluation, then its result."""
+    lines = (
+        "Epoch: [0][ 10/196]\tTime  0.1 ( 0.2)\tLoss 6.9 (7.0)\tAcc@1   1.00 (  0.50)",
+        "Epoch: [0]  [ 20/196]  eta: 0:01:02  lr: 0.1  loss: 6.8 (6.9)  Acc@1: 2.00 (0.60)",
+        "Test: [  0/10]\tTime  0.1 ( 0.2)\tLoss 5.0e-01 (6.0e-01)\tAcc@1  40.00 ( 41.00)",
+        "Test:  [ 9/10]  eta: 0:00:00  Acc@1: 42.00 (41.50)",
+        " * Acc@1 41.530 Acc@5 60.10",
+    )
+    assert read("acc@1:max", *lines) == [41.53]
+    assert read("acc@1:max", *lines[:4]) == [40.0, 42.0]
+
+
+@pytest.mark.parametrize("head", ["Epoch [3/10]", "Epoch: 3/10", "[3/10]", "Epoch 3/10 |", "epochs: [3/10]"])
+def test_the_place_of_an_epoch_is_a_result(head):
+    assert pairs(f"{head} acc: 0.9")[-1][0] == "acc"
 
 
 def test_several_series_of_one_rank_are_refused_and_named():

@@ -28,6 +28,15 @@ _PAIR = re.compile(
     rf"(?P<value>{_NUMBER}|nan|inf|-inf)(?![\w.]*[A-Za-z])(?:\s*/\s*(?P<of>{_NUMBER}))?\s*(?P<percent>%)?"
 )
 _NO_NAME = " \t*=>#|-["
+#: The place of a batch at the head of a line: `Test: [ 10/196]`, `Epoch: [0][ 10/196]`, `Step [100/600]`, `Batch 3/9`.
+_PLACE = re.compile(
+    r"(?:(?P<what>[A-Za-z]+|\])[:\s]*\[|\b(?:step|iter|iteration|batch|it)s?[:\s]+)\s*\d+\s*/\s*\d+", re.IGNORECASE
+)
+#: `Accuracy of the network on the 10000 test images: 55 %`: a sentence with a number in it.
+_SENTENCE = re.compile(
+    r"^\W*(?P<name>[A-Za-z][\w@/-]{0,60}(?: [A-Za-z][\w@/-]{0,60})?) (?:of|on|for|over) "
+    rf"(?P<of>[^:=\d]{{0,60}}\d[\d,]*[^:=\d]{{0,60}})[:=]\s*(?P<value>{_NUMBER})\s*%?\s*$"
+)
 #: `f1` and `top5` are words of their own.
 _WORD = re.compile(r"[a-z]+\d*|\d+")
 EVALUATION = frozenset(("test", "val", "valid", "validation", "eval", "evaluation", "dev", "heldout", "holdout"))
@@ -70,11 +79,18 @@ def pairs(line: str) -> list[tuple[str, float]]:
     """Names and values in a line of text, in order. A fraction `a/b` counts as its value, a percentage as printed.
 
     Where a line opens with `Test set:` or `Train Epoch:`, its names are of that part of the data, and those that follow
-    a name such as `val loss` are of its part, unless it has one of that name already.
+    a name such as `val loss` are of its part, unless it has one of that name already. What a line says that opens with
+    the place of a batch (`Test: [10/196]`) is `running`, and no result yet.
     """
-    found = []
+    sentence = _SENTENCE.match(line)
+    if sentence is not None and direction(sentence["name"]) is not None:
+        of = [word for word in words(sentence["of"]) if word in EVALUATION | TRAINING]
+        return [(" ".join([*of[:1], sentence["name"]]), float(sentence["value"]))]
+    found: list[tuple[str, float]] = []
     opening = set(words(line[: len(line) - len(line.lstrip(_NO_NAME)) + 24].split(":")[0]))
     part = "test " if opening & EVALUATION else "train " if opening & TRAINING else ""
+    places = {(place["what"] or "").lower() for place in _PLACE.finditer(line[:80])}
+    running = bool(places - {"epoch", "epochs", "ep"}) and not opening & TRAINING
     seen: set[tuple[str, ...]] = set()
     for match in _PAIR.finditer(line[:2000]):
         value = float(match["value"])
@@ -91,7 +107,9 @@ def pairs(line: str) -> list[tuple[str, float]]:
             # An evaluation's own word, so that `val acc` goes with `val loss`.
             part = next((f"{word} " for word in said if word in EVALUATION), "train ")
         bare = (part, *(word for word in said if word not in own))
-        found.append((name if own or bare in seen else part + name, value))
+        full = name if own or bare in seen else part + name
+        result = not running or (own & EVALUATION and not opening & EVALUATION)
+        found.append((full if result else f"running {full}", value))
         seen.add(bare)
     return found
 
@@ -149,11 +167,14 @@ class Metric:
         return set(words(self.name)) <= set(words(name))
 
     def rank(self, name: str) -> int:
-        """Of several names that fit, those with the lowest rank are meant: evaluation, plain, training, others."""
+        """Of several names that fit, those with the lowest rank are meant: evaluation 0, plain 1, on the way through an
+        evaluation 2, training 3, others 4."""
         extra = {word for word in words(name) if not word.isdecimal()} - set(words(self.name))
         if extra - EVALUATION - TRAINING - FILLING:
-            return 3
-        return 2 if extra & TRAINING else 0 if extra & EVALUATION else 1
+            return 4
+        if extra & TRAINING:
+            return 2 if extra & EVALUATION else 3
+        return 0 if extra & EVALUATION else 1
 
 
 def direction(name: str) -> Mode | None:

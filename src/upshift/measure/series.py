@@ -194,10 +194,10 @@ def choose(runs: Sequence[Mapping[str, Sequence[Point]]], wanted: str | None, lo
     # The training loss, where it is known, says more than what was logged or printed of it at single steps.
     ranked = sorted(name for name in shared if metrics.direction(name) is not None
                     and not (losses_known and is_step_loss(name)))  # fmt: skip
-    # Of an evaluation before others, then what is better when higher: a loss says less than what it stands for. The
-    # best so far says nothing of the end.
-    ranked.sort(key=lambda name: (not metrics.suggestions([name]), metrics.direction(name) != "max",
-                                  "best" in metrics.words(name)))  # fmt: skip
+    # Of an evaluation before others, its result before what was said on the way, then what is better when higher: a
+    # loss says less than what it stands for. The best so far says nothing of the end.
+    ranked.sort(key=lambda name: (not metrics.suggestions([name]), bool(metrics.TRAINING & set(metrics.words(name))),
+                                  metrics.direction(name) != "max", "best" in metrics.words(name)))  # fmt: skip
     if ranked:
         mode = metrics.direction(ranked[0]) or "max"
         others = f" of {len(shared)} that all runs have ({', '.join(shared[:8])}); name another with --metric"
