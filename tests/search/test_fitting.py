@@ -157,6 +157,20 @@ def test_nothing_that_fits_is_said_with_the_least_there_is(world: Room) -> None:
     )
 
 
+def test_a_budget_that_runs_out_before_anything_fits_is_kept_and_said(world: Room) -> None:
+    """The last time goes into what promises most together; every further plan is left for a larger budget."""
+    world.saves = dict.fromkeys("abcdefgh", GIB)  # type: ignore[misc]
+    every = list(map(technique, "abcdefgh"))
+    whole = search(world, *every, budget=3000.0)
+    took, before = whole.seconds, len(world.started)
+    hurried = search(world, *every, budget=took / 2)
+    assert hurried.seconds <= took / 2 and hurried.fitted is not None and not hurried.fitted.fits
+    assert len(world.started[-1].plan) > 1 and len(world.started) > before
+    untried = [item for item in hurried.trials if item.outcome == "not tried"]
+    assert hurried.fitted.untried == len(untried) > 0
+    assert f"The budget had no time for {len(untried)} plans: a larger --budget tries more." in hurried.verdict
+
+
 def test_a_script_that_fits_is_sped_up_as_ever(world: Room) -> None:
     world.saves = {"lean": 5 * GIB}  # type: ignore[misc]
     world.factor |= {"lean": 1.5, "fast": 0.7}
@@ -270,7 +284,7 @@ def test_what_is_found_is_the_best_of_all_combinations(
     trials: list[Any] = []
     fit = Fitting(
         lambda: Duel(Runner(world), ChildSpec(mode="arm", target="train.py")), limit * GIB, techniques, world.step,
-        say=lambda text: None, add=trials.append, time_for=lambda seconds: True,
+        say=lambda text: None, add=trials.append, time_for=lambda seconds, confirms: True,
     ).search([Candidate(name, {}, False, 1.0, "") for name in every])  # fmt: skip
     plans = [plan for n in range(1, len(every) + 1) for plan in itertools.combinations(every, n)]
     fits = [plan for plan in plans if 12 - sum(every[name][0] for name in plan) <= limit]

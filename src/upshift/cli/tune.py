@@ -122,6 +122,7 @@ def command(
     if tuned.report.interrupted:
         raise KeyboardInterrupt
     if tuned.report.fitted is not None and not tuned.report.fitted.fits:
+        allow = "Allow more time with --budget, more memory" if tuned.report.fitted.untried else "Allow more"
         raise DoesNotFitError(
-            tuned.report.verdict, remedy="Allow more with --fit, or use smaller batches or a smaller model."
+            tuned.report.verdict, remedy=f"{allow} with --fit, or use smaller batches or a smaller model."
         )

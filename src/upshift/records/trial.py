@@ -149,6 +149,7 @@ class Fitted(Record, frozen=True):
 
     `held` of the plan, or of what needed the least where nothing fits (`plan` says which); `script` of the untouched
     script, None where it ran out of memory. `against`: what quality and speed were compared with; empty: the script.
+    `untried`: plans that the budget had no time for, where nothing fits.
     """
 
     limit: int
@@ -157,6 +158,7 @@ class Fitted(Record, frozen=True):
     plan: str = ""
     fits: bool = True
     against: str = ""
+    untried: int = 0
 
 
 class TuneReport(Record, frozen=True):

@@ -50,7 +50,8 @@ def fitted_text(found: Fitted, kind: digest.Claim) -> str:
     """What fits in the limit of memory, or that nothing does; speed is said elsewhere."""
     limit, held = units.binary(found.limit), words.UNKNOWN if found.held is None else units.binary(found.held)
     if not found.fits:
-        return f"Nothing fits in {limit}: the least was {held}."
+        tried = "Nothing that was tried fits" if found.untried else "Nothing fits"
+        return f"{tried} in {limit}: the least was {held}."
     script = "ran out of memory" if found.script is None else f"needs {units.binary(found.script)}"
     unproven = "" if kind == "win" else ", but that the result is unharmed is not shown"
     return f"Fits in {limit}: {held} (measured peak){unproven}; the untouched script {script}."

@@ -269,7 +269,7 @@ class Autopilot:
         """The fastest plan within the limit where the script needs more; empty where it does not, or nothing fits."""
         fit = Fitting(
             self._duel, limit, self.techniques, self.step, say=self.say, add=self._add,
-            time_for=lambda seconds: self._left() - seconds > self._reserve(),
+            time_for=lambda seconds, confirms: self._left() - seconds > (self._reserve() if confirms else 0.0),
         ).search(found)  # fmt: skip
         if fit.script_fits or not (fit.stock.held or fit.stock.starved):
             return {}

@@ -72,12 +72,16 @@ class Probe:
 
 @dataclass
 class Fit:
-    """What came of it. `fits`: plans within the limit, the fastest first; `least`: what needs the least of all."""
+    """What came of it. `fits`: plans within the limit, the fastest first; `least`: what needs the least of all.
+
+    `untried`: plans for which the budget had no time, while nothing fitted.
+    """
 
     limit: int
     stock: Probe
     fits: list[Probe] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
+    untried: int = 0
 
     @property
     def script_fits(self) -> bool:
@@ -103,14 +107,15 @@ class Fitting:
         *,
         say: Callable[[str], None],
         add: Callable[[Trial], object],
-        time_for: Callable[[float], bool],
+        time_for: Callable[[float, bool], bool],
     ) -> None:
         """
         Args:
             limit: bytes.
             step: seconds a step of the script is known to take; decides how many steps a probe makes.
             add: told of every plan tried.
-            time_for: whether the budget has room for so many seconds.
+            time_for: whether the budget has room for so many seconds, and for a confirmation behind them if that is
+                asked for: while nothing fits there is nothing to confirm, and the first plan that does comes first.
         """
         self._make = make
         self._limit = limit
@@ -127,7 +132,8 @@ class Fitting:
         self._say(f"{self.needs(fit.stock)}: looking for the fastest plan that fits")
         singles = [item for item in found if saves_memory(item, self._techniques)]
         for item in singles:
-            self._try(fit, {item.name: item.settings}, item.label)
+            # Until something fits, the time of one more probe is kept for the combination that promises most.
+            self._try(fit, {item.name: item.settings}, item.label, after=1 if len(singles) > 1 and not fit.fits else 0)
         for plan, label in self._combinations(fit, singles):
             self._try(fit, plan, label)
         fit.fits.sort(key=lambda probe: probe.step or 0.0)
@@ -165,9 +171,12 @@ class Fitting:
             duel.close()
             self._spent = max(self._spent, time.monotonic() - began)
 
-    def _try(self, fit: Fit, plan: ArmPlan, label: str) -> None:
-        if fit.fits and not self._time_for(self._spent):
-            self._add(_trial(plan, label, "not tried", "a plan that fits is known; a larger --budget tries more"))
+    def _try(self, fit: Fit, plan: ArmPlan, label: str, after: int = 0) -> None:
+        """Try a plan, if the budget has room for it and `after` more."""
+        if not self._time_for((1 + after) * self._spent, bool(fit.fits)):
+            known = "a plan that fits is known" if fit.fits else "no time is left for it"
+            self._add(_trial(plan, label, "not tried", f"{known}; a larger --budget tries more"))
+            fit.untried += not fit.fits
             return
         probe = self._probe(plan, label)
         fit.probes.append(probe)
@@ -223,7 +232,7 @@ class Fitting:
         while place < len(fit.fits):
             first, other = fit.fits[0], fit.fits[place]
             place += 1
-            if (other.step or 0.0) > CLOSE * (first.step or 0.0) or not self._time_for(2 * self._spent):
+            if (other.step or 0.0) > CLOSE * (first.step or 0.0) or not self._time_for(2 * self._spent, True):
                 continue
             if self._faster(first, other):
                 fit.fits.remove(other)

@@ -188,7 +188,7 @@ class Limited:
         if not self._fit.fits:
             least = self._fit.least
             held, label = (None, "") if least is None else (least.held, least.label)
-            return Fitted(limit, held, script, plan=label, fits=False)
+            return Fitted(limit, held, script, plan=label, fits=False, untried=self._fit.untried)
         probe = (self._fits or self._fit.fits)[0]
         held = max(probe.held or 0, confirmation.held if confirmation is not None and plan else 0)
         names = " + ".join(plan) or probe.label
@@ -200,11 +200,14 @@ def verdict(found: Fitted, kept: bool, pairing: Pairing | None, proof: Proof | N
     limit = binary(found.limit)
     script = f"needs {binary(found.script)}" if found.script is not None else "runs out of memory here"
     if not found.fits:
+        plans = "one plan" if found.untried == 1 else f"{found.untried} plans"
+        more = f" The budget had no time for {plans}: a larger --budget tries more." if found.untried else ""
+        tried = "Nothing that was tried fits" if found.untried else "Nothing fits"
         if found.held is None:
-            return f"Nothing fits in {limit}: the untouched script {script}, and so does every plan tried."
+            return f"{tried} in {limit}: the untouched script {script}, and so does every plan tried.{more}"
         return (
-            f"Nothing fits in {limit}: the least was {binary(found.held)} with {found.plan} (measured peak); the "
-            f"untouched script {script}."
+            f"{tried} in {limit}: the least was {binary(found.held)} with {found.plan} (measured peak); the "
+            f"untouched script {script}.{more}"
         )
     held = f"fits in {limit} (measured peak {binary(found.held)})" if found.held is not None else f"fits in {limit}"
     if interrupted:
