@@ -144,4 +144,6 @@ def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
     """Strides of a copy: the tensor's own where its elements fill a block, else those of a contiguous one."""
     import torch
 
+    if tensor.is_contiguous():
+        return tensor.stride()
     return tuple(torch.empty_like(tensor, device="meta").stride())

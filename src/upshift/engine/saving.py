@@ -45,7 +45,8 @@ class Saving:
     def __init__(self, parts: Parts, store: Store | None) -> None:
         settings = parts.settings
         self.parts, self.settings, self.store = parts, settings, store
-        self.every_step = settings.save_steps is not None and store is not None
+        self.every = settings.save_steps or 0 if store is not None else 0
+        """Updates between two saves, where a person has set them; else 0."""
         self._pace = Pace(settings.interruption_seconds, first=FIRST)
         self._told = False
         self._at = time.monotonic()
@@ -161,7 +162,7 @@ class Saving:
         self._left = True
 
     def _tell_pace(self, t: Training, stall: float) -> None:
-        if self._told or self.store is None or self.every_step or self.settings.save_seconds is not None:
+        if self._told or self.store is None or self.every or self.settings.save_seconds is not None:
             return
         self._told = True
         every, between = in_words(self._pace.seconds), in_words(self.settings.interruption_seconds)

@@ -77,7 +77,7 @@ class Training:
         self.evaluated_samples = 0.0
         recorder.epochs = self._epochs_made
         self._in_evaluation = False
-        self._stop_at = parts.settings.stop_at
+        self._stop_at, self._save_every = parts.settings.stop_at, saving.every
         # What the ranks agreed on: a rank that acted by itself would leave the others waiting.
         self._all_stop = self._all_save = False
         self._turns: Turns | None = None
@@ -312,7 +312,7 @@ class Training:
             self._all_stop = True
         if self.stop.asked or time.perf_counter() - self._tick > TICK:
             self._tick_now(loss)
-        if self.saving.every_step or self._all_save or self.halted:
+        if self._all_save or self.halted or (self._save_every and not progress.step % self._save_every):
             self._save_if_due()
         every = self.job.eval_every
         if every is not None and progress.step % every == 0 and not self.halted:
