@@ -20,6 +20,9 @@ from upshift.cli.show import safe
 from upshift.errors import UpshiftError, UsageError
 from upshift.hook.boot import OUTSIDE
 
+#: Updates of the whole job. What watches a script reads it here, as it does in any script that has such a name.
+total_steps: int | None = None
+
 
 def main() -> int:
     """Train; returns the exit code."""
@@ -65,8 +68,13 @@ def _execution(spec: JobSpec, reference: str, bar: Bar) -> Any:
         Execution, spec, out=Path(spec.out) if spec.out else None, plan=spec.plan, plan_file=spec.plan_file,
         reference=reference, process_ends=True, environment=dict(spec.environment),
         owned=lambda out: owned(spec, out, bar.say), say=bar.say, metrics=bar.metrics,
-        progress=bar.show if bar.live else None,
+        progress=bar.show if bar.live else None, planned=_plans,
     )  # fmt: skip
+
+
+def _plans(steps: int | None) -> None:
+    global total_steps
+    total_steps = steps
 
 
 class Bar:

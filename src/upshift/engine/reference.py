@@ -32,17 +32,27 @@ def load_job(reference: str, settings: dict[str, str] | None = None) -> Job:
         raise UsageError(f"there is no file {file}.", remedy="Name a job as jobs.py:NAME.")
     module = _import(path)
     found = getattr(module, name, None)
-    known = sorted(key for key, value in vars(module).items() if isinstance(value, Job))
     if found is None:
-        listed = (
-            f"It has the jobs {', '.join(known)}." if known else "Define NAME = Job(…), or a function of that name."
-        )
+        known = sorted(key for key, value in vars(module).items() if _may_be_a_job(value, module))
+        listed = f"It has {', '.join(known)}." if known else "Define NAME = Job(…), or a function of that name."
         raise UsageError(f"{file} has no {name!r}.", remedy=listed)
     values = {key: _value(text) for key, text in (settings or {}).items()}
     if not isinstance(found, Job):
         found = _call(found, reference, values)
     job = found.set(**values) if values else found
     return job if job.name else job.set(name=name)
+
+
+def _may_be_a_job(value: Any, module: ModuleType) -> bool:
+    """A Job, or a function of the module that can be called as it is."""
+    if isinstance(value, Job):
+        return True
+    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+        return False
+    return all(
+        item.default is not item.empty or item.kind in (item.VAR_KEYWORD, item.VAR_POSITIONAL)
+        for item in inspect.signature(value).parameters.values()
+    )
 
 
 def _import(path: Path) -> ModuleType:

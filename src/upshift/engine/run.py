@@ -105,6 +105,8 @@ def _train(job: Job, settings: Execution, group: Group, recorder: Recorder, stor
         environment=settings.environment, first=0, planned=parts.span.steps,
         parameters=sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
     )  # fmt: skip
+    if settings.planned is not None:
+        settings.planned(parts.span.steps)
     error: BaseException | None = None
     try:
         if settings.signals:

@@ -64,6 +64,7 @@ class Execution(Settings, frozen=True, kw_only=True):
         spikes: whether a loss that explodes is treated like one that is not finite.
         process_ends: nothing comes after the training in this process.
         owned: told the run folder once it is this run's own, before anything is done with it.
+        planned: told before the first update how many the whole job makes; None where its data does not say.
         on_batch: told of every update before it is made: step, epoch, indices of this rank's samples.
         say: told what a person should read.
         metrics: told step, epoch and metrics after every evaluation.
@@ -79,6 +80,7 @@ class Execution(Settings, frozen=True, kw_only=True):
     process_ends: bool = False
     environment: dict[str, str] = {}
     owned: Callable[[Path], None] | None = None
+    planned: Callable[[int | None], None] | None = None
     on_batch: Callable[[int, int, Any], None] | None = None
     say: Callable[[str], None] = _silent
     metrics: Callable[[int, int, dict[str, float]], None] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from upshift.engine import loop
+from upshift.engine import firstbatch, loop
 from upshift.engine.boundary import Boundary
 from upshift.engine.loop import CHANGING, RESTING, Again, Halted
 from upshift.engine.memory import smaller
@@ -62,7 +62,7 @@ class Training:
         self.halted = False
         self.results = Results(parts.job)
         self.before_step: tuple[Any, ...] = (self._first_step,)
-        self.loss = parts.loss
+        self.loss: Any = self._first_loss
         self.forward: Any = self._first_forward
         self.scaling: BackwardApplied | None = None
         self._parameters = list(parts.parameters)
@@ -204,7 +204,11 @@ class Training:
         self.parts.model_seen(batch)
         self.forward = self.parts.make_forward()
         self.scaling = self.parts.stage.backward()
-        found: tuple[Any, Any] = self.forward(batch)
+        return firstbatch.forward(self.forward, batch)
+
+    def _first_loss(self, output: Any, target: Any) -> Any:
+        found = firstbatch.loss(self.parts.loss, output, target)
+        self.loss = self.parts.loss
         return found
 
     def agree(self, batch: Any, total: float, counts: list[Any], trouble: BaseException | None) -> float:
