@@ -15,7 +15,8 @@ from upshift.measure.anatomy import anatomy
 from upshift.measure.steps import StepRecord
 from upshift.records import Measurement, ScriptFacts
 from upshift.search import duel as duel_module
-from upshift.search.autopilot import Autopilot, Options, Outcome
+from upshift.search.autopilot import Autopilot, Options
+from upshift.search.concluding import Outcome
 from upshift.sites import Numerics
 from upshift.sites.runner import ChildSpec
 

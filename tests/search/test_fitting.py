@@ -17,8 +17,9 @@ from made_techniques import make_technique
 from upshift.measure.anatomy import anatomy
 from upshift.measure.steps import StepRecord
 from upshift.records import Measurement, ScriptFacts
-from upshift.search.autopilot import Autopilot, Options, Outcome
+from upshift.search.autopilot import Autopilot, Options
 from upshift.search.candidates import Candidate
+from upshift.search.concluding import Outcome
 from upshift.search.duel import Duel
 from upshift.search.fitting import Fitting, out_of_memory
 from upshift.sites import Numerics

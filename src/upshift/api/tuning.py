@@ -27,7 +27,7 @@ from upshift.sites import Numerics
 from upshift.techniques import registry
 
 if TYPE_CHECKING:
-    from upshift.search.autopilot import Outcome
+    from upshift.search.concluding import Outcome
     from upshift.search.confirm import Confirmation
 
 #: Part of a budget that goes into the search by step time where whole runs decide in the end.

@@ -13,8 +13,6 @@ import msgspec
 
 from upshift.measure.paired import LEAST_QUADS
 from upshift.records import Measurement, Pairing, Trial
-from upshift.records.plan import Kept, Rejected
-from upshift.records.trial import Fitted
 from upshift.search.candidates import (
     DEFAULT_BUDGET,
     Candidate,
@@ -24,7 +22,7 @@ from upshift.search.candidates import (
     forecast,
     promised,
 )
-from upshift.search.concluding import break_even, said, steps_per_epoch
+from upshift.search.concluding import Outcome, break_even, kept, rejected, said, steps_per_epoch
 from upshift.search.confirm import Confirmation, confirm
 from upshift.search.duel import ArmFailed, ArmPlan, Duel
 from upshift.search.fitting import Fitting
@@ -65,23 +63,6 @@ class Options:
     fit: int | None = None
     """Bytes the plan may hold."""
     child: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass
-class Outcome:
-    """What the search found."""
-
-    kept: tuple[Kept, ...] = ()
-    rejected: tuple[Rejected, ...] = ()
-    trials: tuple[Trial, ...] = ()
-    confirmation: Confirmation | None = None
-    verdict: str = ""
-    forecast: str = ""
-    interrupted: bool = False
-    seconds: float = 0.0
-    break_even: float | None = None
-    fitted: Fitted | None = None
-    """Where memory is limited and the script needs more: what the plan needs, or what needed the least."""
 
 
 class Autopilot:
@@ -498,71 +479,22 @@ class Autopilot:
             and confirmation.decision == "faster"
             and confirmation.pairing is not None
         )
-        kept: list[Kept] = []
         if good and confirmation is not None:
-            kinds = self.numerics(plan)
-            for name, settings in plan.items():
-                if name in confirmation.no_effect:
-                    continue
-                screened = self._screened(name)
-                alone = confirmation.attribution.get(name)
-                kept.append(
-                    Kept(
-                        name=name,
-                        settings=dict(settings),
-                        numerics=str(kinds[name]),
-                        speedup=None if screened is None else screened.ratio,
-                        low=None if screened is None else screened.low,
-                        high=None if screened is None else screened.high,
-                        pairs=0 if screened is None else screened.quads,
-                        attribution=None if alone is None else alone.ratio,
-                        attribution_low=None if alone is None else alone.low,
-                        attribution_high=None if alone is None else alone.high,
-                        note=_NEEDED
-                        if name in lean
-                        else ""
-                        if alone is not None
-                        else _NOT_ALONE
-                        if screened is not None
-                        else _NOT_SCREENED,
-                    )
-                )
+            screened = {name: self._screened(name) for name in plan}
+            outcome.kept = kept(plan, confirmation, self.numerics(plan), screened, needed=lean)
             outcome.break_even = break_even(confirmation)
-        outcome.kept = tuple(kept)
-        names = {item.name for item in kept}
-        rejected: dict[str, Rejected] = {}
-        for trial in self.trials:
-            name = trial.name.partition("(")[0]
-            if trial.stage not in ("check", "screen") or name in names:
-                continue
-            pairing = trial.pairing
-            reason = trial.reason
-            if trial.outcome == "faster":
-                reason = self._dropped.get(name) or "faster when screened, not confirmed"
-            rejected[trial.name] = Rejected(
-                name=trial.name,
-                reason=reason,
-                speedup=None if pairing is None else pairing.ratio,
-                low=None if pairing is None else pairing.low,
-                high=None if pairing is None else pairing.high,
-            )
-        outcome.rejected = tuple(rejected.values())
+        outcome.rejected = rejected(self.trials, {item.name for item in outcome.kept}, self._dropped)
         outcome.verdict = said(outcome, confirmation, self.trials, loss_seen=self.seen.facts.loss_seen)
         if self._limited is not None:
-            outcome.fitted = self._limited.fitted({item.name: item.settings for item in kept}, confirmation)
+            outcome.fitted = self._limited.fitted({item.name: item.settings for item in outcome.kept}, confirmation)
             pairing, proof = (None, None) if confirmation is None else (confirmation.pairing, confirmation.proof)
-            outcome.verdict = verdict(outcome.fitted, bool(kept), pairing, proof, outcome.interrupted)
+            outcome.verdict = verdict(outcome.fitted, bool(outcome.kept), pairing, proof, outcome.interrupted)
 
     def _screened(self, name: str) -> Pairing | None:
         for trial in self.trials:
             if trial.stage == "screen" and trial.name.partition("(")[0] == name and trial.outcome == "faster":
                 return trial.pairing
         return None
-
-
-_NEEDED = "without it the plan does not fit"
-_NOT_ALONE = "taken alone: not resolved; the figure is from screening"
-_NOT_SCREENED = "not resolved when screened: the plan's own figure is the evidence"
 
 
 def _ratio(trial: Trial) -> float:

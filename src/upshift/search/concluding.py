@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upshift.records import Measurement, Trial
+from upshift.records import Measurement, Pairing, Trial
+from upshift.records.plan import Kept, Rejected
+from upshift.records.trial import Fitted
 from upshift.search.confirm import Confirmation
 
 if TYPE_CHECKING:
-    from upshift.search.autopilot import Outcome
+    from upshift.search.duel import ArmPlan
+    from upshift.sites import Numerics
+
+
+@dataclass
+class Outcome:
+    """What the search found."""
+
+    kept: tuple[Kept, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    confirmation: Confirmation | None = None
+    verdict: str = ""
+    forecast: str = ""
+    interrupted: bool = False
+    seconds: float = 0.0
+    break_even: float | None = None
+    fitted: Fitted | None = None
+    """Where memory is limited and the script needs more: what the plan needs, or what needed the least."""
+
+
+_NEEDED = "without it the plan does not fit"
+_NOT_ALONE = "taken alone: not resolved; the figure is from screening"
+_NOT_SCREENED = "not resolved when screened: the plan's own figure is the evidence"
 
 
 def said(outcome: Outcome, confirmation: Confirmation | None, trials: Sequence[Trial], *, loss_seen: bool) -> str:
@@ -39,6 +65,73 @@ def said(outcome: Outcome, confirmation: Confirmation | None, trials: Sequence[T
         skipped = next((trial.reason for trial in trials if trial.outcome == "not tried"), "nothing applies")
         return f"Keep your baseline: nothing was tried ({skipped})."
     return "Keep your baseline: nothing tried made the training step faster beyond the noise."
+
+
+def kept(
+    plan: ArmPlan,
+    confirmation: Confirmation,
+    numerics: Mapping[str, Numerics],
+    screened: Mapping[str, Pairing | None],
+    *,
+    needed: Container[str],
+) -> tuple[Kept, ...]:
+    """The techniques of a confirmed plan, without those that had no effect.
+
+    Args:
+        screened: of each the ratio by which it was found, where it was found by one.
+        needed: those without which the plan does not fit.
+    """
+    found = []
+    for name, settings in plan.items():
+        if name in confirmation.no_effect:
+            continue
+        first, alone = screened.get(name), confirmation.attribution.get(name)
+        if name in needed:
+            note = _NEEDED
+        elif alone is not None:
+            note = ""
+        else:
+            note = _NOT_ALONE if first is not None else _NOT_SCREENED
+        found.append(
+            Kept(
+                name=name,
+                settings=dict(settings),
+                numerics=str(numerics[name]),
+                speedup=None if first is None else first.ratio,
+                low=None if first is None else first.low,
+                high=None if first is None else first.high,
+                pairs=0 if first is None else first.quads,
+                attribution=None if alone is None else alone.ratio,
+                attribution_low=None if alone is None else alone.low,
+                attribution_high=None if alone is None else alone.high,
+                note=note,
+            )
+        )
+    return tuple(found)
+
+
+def rejected(trials: Sequence[Trial], kept: Container[str], dropped: Mapping[str, str]) -> tuple[Rejected, ...]:
+    """What was tried or looked at and is not in the plan: the last trial of each, with its reason.
+
+    Args:
+        dropped: technique -> why it came out of a plan that was to be confirmed.
+    """
+    found: dict[str, Rejected] = {}
+    for trial in trials:
+        name, pairing = trial.name.partition("(")[0], trial.pairing
+        if trial.stage not in ("check", "screen") or name in kept:
+            continue
+        reason = trial.reason
+        if trial.outcome == "faster":
+            reason = dropped.get(name) or "faster when screened, not confirmed"
+        found[trial.name] = Rejected(
+            name=trial.name,
+            reason=reason,
+            speedup=None if pairing is None else pairing.ratio,
+            low=None if pairing is None else pairing.low,
+            high=None if pairing is None else pairing.high,
+        )
+    return tuple(found.values())
 
 
 def break_even(confirmation: Confirmation) -> float | None:
