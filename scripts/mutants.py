@@ -44,6 +44,13 @@ AUTOPILOT = "tests/search/test_autopilot.py"
 LATE = "tests/search/test_late.py"
 STATS = "tests/measure/test_stats.py"
 
+LOOP = "tests/engine/test_loop.py"
+RESUME = "tests/engine/test_job_resume.py"
+STORE = "tests/checkpoint/test_store.py"
+CRASHES = "tests/checkpoint/test_crashes.py"
+LONG = "tests/engine/test_long_updates.py"
+SPIKES = "tests/engine/test_spikes_saved.py"
+
 MUTANTS = (
     # The late step and the timing of few quads
     Mutant("search/late.py", "problem = apart(r, c, limits)", 'problem = ""', LATE),
@@ -131,6 +138,51 @@ MUTANTS = (
            "tests/techniques/test_loader.py::test_spawn_needs_the_main_guard"),
     Mutant("techniques/fused.py", "return all(x == y for size, x, y in", "return all(True for size, x, y in",
            "tests/techniques/test_fused.py::test_layouts_that_corrupt_an_unguarded_fused_step"),
+    # The update of a declared job
+    Mutant("engine/loop.py", "elif part.weight != 1.0:", "elif False:",
+           f"{LOOP}::test_micro_batches_do_not_change_the_update"),
+    Mutant("engine/loop.py", "                    counts.append(count)\n", "",
+           f"{LOOP}::test_a_weighted_loss_is_normalised_over_the_whole_batch"),
+    Mutant("engine/loop.py", "    with t.evaluating(), torch.no_grad():", "    with torch.no_grad():",
+           f"{LOOP}::test_evaluation_is_exact_and_uses_the_average"),
+    Mutant("engine/order.py", "mix(ORDER, seed, epoch)", "mix(ORDER, seed)", "tests/engine/test_order.py"),
+    # Trouble in a step
+    Mutant("engine/training.py", "if -math.inf < total < math.inf:", "if True:",
+           f"{LOOP}::test_a_loss_that_is_not_finite_goes_back_and_leaves_the_batch_out"),
+    Mutant("engine/trouble.py", "            recovery.went_back(t.progress.step, places)\n", "",
+           f"{LOOP}::test_after_going_back_it_is_the_training_without_that_batch"),
+    Mutant("engine/trouble.py", "t.parts.data.micro_batch = size", "t.job.global_batch",
+           f"{LOOP}::test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_update"),
+    Mutant("engine/saving.py", '"suspicious": t.spikes.suspicious', '"suspicious": False',
+           f"{SPIKES}::test_a_run_stopped_before_or_in_a_spike_goes_on_as_the_uninterrupted_one"),
+    # Coming back
+    Mutant("engine/saving.py", '            set_random_state(tree["random"])\n', "            pass\n",
+           f"{RESUME}::test_it_goes_on_bitwise"),
+    Mutant("engine/saving.py", '        parts.data.load_state_dict(tree["data"])\n', "",
+           "tests/engine/test_resume_matrix.py"),
+    Mutant("engine/saving.py", '        t.results.load_state_dict(tree["results"])\n', "", RESUME),
+    Mutant("engine/saving.py", "        if differ:\n", "        if False:\n",
+           f"{RESUME}::test_another_training_is_told_by_what_differs"),
+    Mutant("engine/boundary.py", "note.step != step or ", "", LONG),
+    Mutant("engine/saving.py", "if saver.busy or note.changed:", "if saver.busy:",
+           f"{LONG}::test_a_forward_pass_that_changes_parameters_is_not_taken_for_a_boundary"),
+    # Checkpoints
+    Mutant("checkpoint/store.py", "        self._disk.sync_folder(temporary)\n        self._lock.check()\n",
+           "        self._lock.check()\n", f"{CRASHES}::test_after_a_power_loss_nothing_acknowledged_is_lost"),
+    Mutant("checkpoint/store.py", "        self._disk.rename(temporary, self.folder / name)\n"
+           "        self._disk.sync_folder(self.folder)\n        return name\n",
+           "        self._disk.rename(temporary, self.folder / name)\n        return name\n",
+           f"{CRASHES}::test_after_a_power_loss_nothing_acknowledged_is_lost"),
+    Mutant("checkpoint/store.py", 'if problem := next(filter(None, problems), ""):', 'if problem := "":',
+           "tests/checkpoint/test_disk_faults.py::test_a_disk_that_stores_other_bytes_than_it_was_given"),
+    Mutant("checkpoint/store.py", "if needed > free:", "if False:",
+           "tests/checkpoint/test_disk_faults.py::test_a_full_disk_is_found_before_anything_is_written"),
+    Mutant("checkpoint/retention.py", "    if len(keep) < NEWEST:\n        return []\n", "",
+           f"{STORE}::test_nothing_is_deleted_before_two_are_verified"),
+    Mutant("checkpoint/retention.py", "if len(keep) < NEWEST and whole(item):", "if len(keep) < NEWEST:",
+           f"{STORE}::test_a_damaged_one_does_not_count_among_the_newest_two"),
+    Mutant("checkpoint/saver.py", "copies[name] = onto.copy_(tensor, non_blocking=pinned)", "copies[name] = tensor",
+           "tests/checkpoint/test_saver.py::test_the_state_saved_is_that_of_the_call"),
 )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from functools import partial
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from upshift import Job, Weighted
+from upshift.cli import job as entry
 from upshift.engine.firstbatch import shapes
 from upshift.engine.run import train_job
 from upshift.engine.settings import Execution
 from upshift.errors import UsageError
+from upshift.hook.horizon import Horizon
 
 X, Y = torch.randn(12, 4), torch.arange(12) % 3
 GIVEN = r"It gets the output float32\[4, 3\] and the target int64\[4\]"
@@ -68,15 +72,32 @@ def test_the_line_of_the_model_is_named():
         def forward(self, x):
             return super().forward(x.reshape(-1, 5))
 
-    assert "(test_first_batch.py, line" in said(model=lambda: Wrong(5, 3)).message
+    message = said(model=lambda: torch.nn.Sequential(Wrong(5, 3))).message
+    assert re.search(r"\(test_first_batch.py, line \d+\)$", message)
 
 
-def test_other_errors_are_their_own():
+def test_the_way_to_the_line_is_named():
+    def inner(output):
+        return output["logits"]
+
+    def outer(output, target):
+        return inner(output)
+
+    assert re.search(r"\(test_first_batch.py, line \d+; test_first_batch.py, line \d+\)$", said(loss=outer).message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("weights.txt"), RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"),
+     torch.OutOfMemoryError("CUDA out of memory")],
+)  # fmt: skip
+def test_other_errors_are_their_own(error):
     def broken(output, target):
-        raise FileNotFoundError("weights.txt")
+        raise error
 
-    with pytest.raises(FileNotFoundError):
-        train_job(job(loss=broken), Execution(signals=False))
+    with pytest.raises(type(error)) as caught:
+        train_job(job(loss=broken, global_batch=1), Execution(signals=False))
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, lambda o, t: F.cross_entropy(o, t).reshape(1)])
@@ -115,3 +136,20 @@ def test_the_length_of_the_whole_job_is_told(changes, steps):
     told = []
     train_job(job(**changes), Execution(signals=False, planned=told.append))
     assert told == [steps]
+
+
+def test_what_watches_the_module_that_trains_a_job_reads_the_length_as_in_any_script(tmp_path, monkeypatch):
+    (tmp_path / "told_jobs.py").write_text(
+        "import torch, functools\nfrom upshift import Job\n"
+        "job = Job(model=lambda: torch.nn.Linear(4, 3), train_data=(torch.randn(12, 4), torch.arange(12) % 3),\n"
+        "          epochs=5, loss=torch.nn.functional.cross_entropy, global_batch=4,\n"
+        "          optimizer=functools.partial(torch.optim.SGD, lr=0.1))\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "told_jobs", None)  # put back to nothing afterwards
+    del sys.modules["told_jobs"]
+    monkeypatch.setattr(sys, "argv", ["job", f"{tmp_path / 'told_jobs.py'}:job"])
+    monkeypatch.setattr(entry, "total_steps", None)
+    assert entry.main() == 0
+    monkeypatch.setitem(sys.modules, "__main__", entry)
+    assert Horizon().steps(None, 1.0) == 15

@@ -30,7 +30,7 @@ from upshift.engine.run import train_job
 from upshift.engine.settings import Execution
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_jobs import augmented, full, plain
+from tiny_jobs import Streamed, augmented, full
 
 #: Two epochs of seven updates, with everything that has a state, and with nothing that need not be there.
 STEPS = 14
@@ -59,19 +59,20 @@ class Case:
     workers: int = 0
     bare: bool = False
     parallel: str = "ddp"
+    stream: bool = False
 
     def __str__(self) -> str:
         parts = [self.precision, f"micro {self.micro}" if self.micro else "", "augmented" if self.draws else "",
                  f"{self.workers} workers" if self.workers else "", "bare" if self.bare else "",
-                 self.parallel if self.parallel != "ddp" else ""]  # fmt: skip
+                 self.parallel if self.parallel != "ddp" else "", "stream" if self.stream else ""]  # fmt: skip
         return ", ".join(item for item in parts if item)
 
     @property
     def job(self) -> Any:
-        """What is trained; FSDP2 takes no batch normalisation."""
-        if self.parallel == "fsdp2":
-            return plain.set(optimizer=EVERYTHING.optimizer, schedule=EVERYTHING.schedule, clip=1.0)
+        """What is trained."""
         base = NOTHING if self.bare else EVERYTHING
+        if self.stream:
+            return base.set(train_data=Streamed())
         return base.set(train_data=augmented.train_data) if self.draws else base
 
     def execution(self, out: Path, **more: Any) -> Execution:
@@ -124,7 +125,7 @@ CASES = [
     for precision, micro, (draws, workers), bare in product(
         PLANS, (None, 13), ((False, 0), (True, 0), (True, 2)), (False, True)
     )
-]
+] + [Case(precision, micro, stream=True) for precision, micro in product(PLANS, (None, 12))]
 
 #: Those of every run of the tests: each pair of what was chosen is in one of them, but for loader processes.
 FIRST = [
@@ -134,6 +135,7 @@ FIRST = [
     Case("fp16", 13, True, bare=True),
     Case("fp16"),
     Case("fp32", bare=True),
+    Case("fp32", 12, stream=True),
 ]
 
 
@@ -186,7 +188,11 @@ def test_the_scale_of_fp16_moves_in_these_trainings(tmp_path):
 RANKED = [
     Case(precision, micro, draws, workers)
     for precision, micro, (draws, workers) in product(PLANS, (None, 9), ((False, 0), (True, 0), (True, 2)))
-] + [Case("fp32", parallel="fsdp2"), Case("fp32", 9, parallel="fsdp2")]
+] + [
+    *(Case(precision, micro, bare=bare, parallel="fsdp2")
+      for precision, micro, bare in product(PLANS, (None, 9), (False, True))),
+    *(Case(precision, 12, stream=True) for precision in PLANS),
+]  # fmt: skip
 
 
 def ranks(case: Case, folder: str, ports: list[int], phases: list[str]) -> Any:
@@ -203,20 +209,20 @@ def ranks(case: Case, folder: str, ports: list[int], phases: list[str]) -> Any:
     return found
 
 
-def in_ranks(case: Case, how: str, folder: Path) -> None:
+def in_ranks(case: Case, how: str, folder: Path, world: int = 2) -> None:
     """Whole, stopped (`asked`, or `pulled`), and going on in fresh processes."""
-    logs: list[dict[int, Any]] = [{}, {}]
+    logs: list[dict[int, Any]] = [{} for _ in range(world)]
     wholes: list[dict[int, Any]] = []
     for phases in (["whole", how], ["goes on"]):
         place = folder / f"before {phases[-1]}"
         place.mkdir()
         ports = [ranked.free_port() for _ in phases]
-        for rank, found in enumerate(ranked.run(2, ranks, case, str(folder), ports, phases, folder=place)):
+        for rank, found in enumerate(ranked.run(world, ranks, case, str(folder), ports, phases, folder=place)):
             if phases[0] == "whole":
                 wholes.append(dict(found[0]))
             logs[rank] |= dict(found[-1])
-    for rank in range(2):
-        whole, run = (final(folder / name, rank, 2) for name in ("whole", "run"))
+    for rank in range(world):
+        whole, run = (final(folder / name, rank, world) for name in ("whole", "run"))
         assert differences(whole, run) == [], f"rank {rank}"
         assert logs[rank] == wholes[rank]
 
@@ -229,3 +235,11 @@ def test_two_ranks_stopped_and_bitwise_the_same(tmp_path):
 @pytest.mark.parametrize("case", RANKED, ids=str)
 def test_two_ranks_whose_plug_was_pulled_are_bitwise_the_same(case, tmp_path):
     in_ranks(case, "pulled", tmp_path)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    "case", [Case("fp32", 9), Case("bf16", parallel="fsdp2"), Case("fp32", 12, stream=True)], ids=str
+)
+def test_four_ranks_whose_plug_was_pulled_are_bitwise_the_same(case, tmp_path):
+    in_ranks(case, "pulled", tmp_path, world=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -46,6 +47,13 @@ class Augmented(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return X[index] + 0.05 * torch.randn(12), Y[index]
+
+
+class Streamed(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The same, which can only be read from the first to the last."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return map(Augmented().__getitem__, range(320))
 
 
 full = Job(

@@ -10,12 +10,15 @@ from typing import Any
 
 from upshift.engine.job import Weighted
 from upshift.engine.memory import is_out_of_memory
+from upshift.engine.ranks import disconnected
 from upshift.errors import UpshiftError, UsageError
 
 #: What a part of a job raises that is given something else than it expects; other errors are its own business.
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Entries of a batch that are listed, and how deep.
 _MOST, _DEPTH = 6, 2
+#: Lines of a person's own code that are named.
+_LINES = 3
 
 
 def forward(call: Callable[[Any], tuple[Any, Any]], batch: Any) -> tuple[Any, Any]:
@@ -64,22 +67,23 @@ def _fits(what: str, given: Callable[[], str]) -> Iterator[None]:
     except UpshiftError:
         raise
     except _MISFITS as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or disconnected(error):
             raise
         text = next(iter(str(error).strip().splitlines()), "")
         raise UsageError(f"{what}: {type(error).__name__}: {text}{_place(error)}", remedy=given()) from error
 
 
 def _place(error: BaseException) -> str:
-    """` (jobs.py, line 12)`: the innermost line that is neither torch's nor ours; empty where there is none."""
+    """` (jobs.py, line 12; layers.py, line 40)`: the last lines on the way that are not torch's or ours."""
     import torch
 
     ours, torchs = Path(__file__).parents[1], Path(torch.__file__).parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_file() and not path.is_relative_to(ours) and not path.is_relative_to(torchs):
-            return f" ({path.name}, line {frame.lineno})"
-    return ""
+    lines = [
+        f"{Path(frame.filename).name}, line {frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if (path := Path(frame.filename)).is_file() and not (path.is_relative_to(ours) or path.is_relative_to(torchs))
+    ]
+    return f" ({'; '.join(lines[-_LINES:])})" if lines else ""
 
 
 def shapes(value: Any, depth: int = _DEPTH) -> str:

@@ -240,7 +240,7 @@ class Ranks(Group):
         except Exception as error:
             if is_out_of_memory(error):
                 self.give_up("out of memory while the ranks exchange weights or gradients; use a smaller micro-batch")
-            if _disconnected(error):
+            if disconnected(error):
                 raise self._broken("exchanging weights or gradients", error) from error
             raise
 
@@ -316,13 +316,14 @@ def _unpacked(told: torch.Tensor) -> Any:
     return json.loads(bytes(told.tolist()))
 
 
-def _disconnected(error: Exception) -> bool:
+def disconnected(error: Exception) -> bool:
     """Whether this says that another rank cannot be reached any more."""
     import torch
 
-    kinds: Any = torch.distributed
     # NCCL has a type for it, gloo only names itself.
-    return isinstance(error, kinds.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

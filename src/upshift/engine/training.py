@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from upshift.engine import firstbatch, loop
 from upshift.engine.boundary import Boundary
-from upshift.engine.loop import CHANGING, RESTING, Again, Halted
-from upshift.engine.memory import smaller
+from upshift.engine.loop import CHANGING, RESTING, Halted
 from upshift.engine.optimizers import evaluating
 from upshift.engine.preempt import StopRequest
-from upshift.engine.recover import Place, Recovery, Spikes
+from upshift.engine.recover import Recovery, Spikes
 from upshift.engine.results import Results
 from upshift.engine.scaling import Turns, not_measured, schedule
-from upshift.errors import TrainingError
+from upshift.engine.trouble import Trouble
 
 if TYPE_CHECKING:
     from upshift.engine.parts import Parts
@@ -59,6 +58,7 @@ class Training:
         self.progress = Progress()
         self.recovery = Recovery()
         self.spikes = Spikes()
+        self.trouble = Trouble(self)
         self.halted = False
         self.results = Results(parts.job)
         self.before_step: tuple[Any, ...] = (self._first_step,)
@@ -220,7 +220,7 @@ class Training:
         if self.alone and trouble is None and not counts:
             if -math.inf < total < math.inf:
                 return total
-            return self._unusable(batch, total)
+            return self.trouble.unusable(batch, total)
         if self._turns is not None:
             self._turns.computed()
         count = math.fsum(float(item) for item in counts)
@@ -236,14 +236,14 @@ class Training:
                 self._all_stop = True
             self._all_save = sums[5] > 0
             if sums[2]:
-                self._out_of_memory(trouble)
+                self.trouble.out_of_memory(trouble)
             if sums[3]:
                 total = math.nan
         elif trouble is not None:
-            self._out_of_memory(trouble)
+            self.trouble.out_of_memory(trouble)
         loss = total / count if counts else total / self.group.world
         if not math.isfinite(loss):
-            return self._unusable(batch, loss)
+            return self.trouble.unusable(batch, loss)
         if not self.alone:
             self.group.reduce_gradients(self._parameters)
         if counts:
@@ -282,8 +282,7 @@ class Training:
         if scaling is None or scaling.unscaled(optimizer):
             return True
         if scaling.problem and self.parts.stage.names:
-            self._go_back(f"{scaling.problem} at step {self.progress.step + 1}", [], 0)
-            raise Again
+            self.trouble.go_back(f"{scaling.problem} at step {self.progress.step + 1}", [], 0)
         self.recorder.event(
             "overflow", f"gradients of step {self.progress.step + 1} have overflowed: no optimizer step is made of them"
         )
@@ -308,7 +307,7 @@ class Training:
         results.updates += 1
         self._losses.append(loss)
         if spike:
-            self._spiked(spike, loss, batch.samples)
+            self.trouble.spiked(spike, loss, batch.samples)
         boundary = self.boundary
         boundary.phase, boundary.note = RESTING, None
         if progress.step == self._stop_at:
@@ -373,78 +372,6 @@ class Training:
             "seconds": time.perf_counter() - self._began, "trained": progress.samples - self._samples,
             "cursor": progress.cursor, **self.results.last,
         }  # fmt: skip
-
-    # -- trouble ------------------------------------------------------------------------------------------------
-
-    def _out_of_memory(self, trouble: BaseException | None) -> None:
-        """Go on with smaller micro-batches, the global batch as it was.
-
-        Raises:
-            Again: always, or the error itself where the micro-batch cannot be smaller.
-        """
-        size = smaller(self.parts.data.micro_batch)
-        if size is None:
-            if trouble is not None:
-                raise trouble
-            raise TrainingError(
-                "another rank ran out of memory with one sample at a time.", remedy="Use a smaller model or batch."
-            )
-        self.parts.data.micro_batch = size
-        self.say("memory", f"out of memory at step {self.progress.step + 1}: micro-batches of {size} from here on, "
-                           f"the global batch stays {self.job.global_batch}")  # fmt: skip
-        self.parts.free_memory()
-        raise Again
-
-    def _unusable(self, batch: Any, loss: float) -> float:
-        """A loss that is not finite: back to the last good state, without this batch.
-
-        Raises:
-            Again: always, or TrainingError where going back does not help.
-        """
-        what = f"the loss of step {self.progress.step + 1} is {loss:.6g}, not finite"
-        if self.recovery.give_up() and not self.parts.stage.names:
-            shown = ", ".join(str(index) for part in batch.parts[:1] for index in part.indices[:8])
-            raise TrainingError(
-                f"{what}, after going back {self.recovery.tries} times.",
-                remedy=f"Lower the learning rate, clip the gradient, or look at the samples of this batch: {shown}, …",
-            )
-        self._go_back(what, [(self.progress.epoch, self.progress.cursor)], batch.samples)
-        raise Again
-
-    def _spiked(self, places: list[Place], loss: float, samples: int) -> None:
-        """The last losses are far above all before: back to the last good state, without their batches.
-
-        Raises:
-            Again: always, unless that was tried too often.
-        """
-        if self.recovery.give_up() and not self.parts.stage.names:
-            self.spikes.off = True
-            self.say("guard", f"losses spike again after going back {self.recovery.tries} times: left as they are now")
-            return
-        self._go_back(f"the loss has risen to {loss:.6g} within {len(places)} steps", places, samples)
-        raise Again
-
-    def _go_back(self, what: str, places: list[Place], samples: int) -> None:
-        self.boundary.enter(CHANGING)
-        recovery = self.recovery
-        if self.parts.stage.names:
-            names = ", ".join(self.parts.stage.names)
-            self.parts.without_techniques(what)
-            self.forward = self.parts.make_forward()
-            self.before_step, self.scaling = (), None
-            self.say("guard", f"{what}; {names} came off, back to the last good state")
-        else:
-            recovery.went_back(self.progress.step, places)
-            (epoch, first), last = places[0], places[-1][1] + samples - 1
-            self.say(
-                "guard", f"{what}; back to the last good state, without samples {first} to {last} of epoch {epoch}"
-            )
-        elapsed, off = self.progress.seconds, self.spikes.off
-        self.saving.rewind(self)
-        self.recovery, self.progress.seconds = recovery, elapsed
-        self.spikes.forget()
-        self.spikes.off = off
-        self.recorder.rewound(self.progress.step)
 
     def say(self, kind: str, text: str) -> None:
         """To the record and to the person (once, not from every rank)."""
