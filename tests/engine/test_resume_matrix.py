@@ -72,7 +72,7 @@ class Case:
         """What is trained."""
         base = NOTHING if self.bare else EVERYTHING
         if self.stream:
-            return base.set(train_data=Streamed())
+            return base.set(train_data=Streamed(), epochs=None, steps=STEPS)  # its length is not known
         return base.set(train_data=augmented.train_data) if self.draws else base
 
     def execution(self, out: Path, **more: Any) -> Execution:
