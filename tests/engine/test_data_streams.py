@@ -109,6 +109,29 @@ def test_with_torchdata_it_goes_on_at_its_place():
             assert got == whole[24:]
 
 
+@pytest.mark.parametrize("kind", [Stream, Fresh])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_again_and_again_each_sample_comes_once(kind, workers):
+    """Also where the loader itself would count what it reads on to its place twice."""
+    arguments = {"loader": {"num_workers": workers}} if workers else {}
+    data = opened(kind(), **arguments)
+    whole = rows(data.epoch(1))
+    data.close()
+    state, got = None, []
+    for batches in (1, 2, 0, 1, 1, 9):
+        data = opened(kind(), **arguments)
+        if state is not None:
+            data.load_state_dict(state)
+        passing = data.epoch(1, len(got))
+        for _ in range(batches):
+            got += rows([batch] if (batch := next(passing, None)) else [])
+        state = data.state_dict()
+        passing.close()
+        data.close()
+    assert sorted(row[0] for row in got) == sorted(row[0] for row in whole)
+    assert workers or got == whole
+
+
 def test_another_number_of_workers_is_refused():
     data = opened(Fresh())
     passing = data.epoch(0)
@@ -135,6 +158,21 @@ class Ranks:
         return agree
 
 
+def ranked(world, work):
+    """`work(rank, agree)` in a thread for each rank; what they returned."""
+    ranks, found = Ranks(world), {}
+
+    def one(rank):
+        found[rank] = work(rank, ranks.of(rank))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for item in threads:
+        item.start()
+    for item in threads:
+        item.join(20)
+    return [found[rank] for rank in range(world)]
+
+
 class Silent(IterableDataset):
     """Draws nothing: the threads share one set of random streams."""
 
@@ -145,21 +183,12 @@ class Silent(IterableDataset):
         return iter(torch.arange(self.n, dtype=torch.float32)[:, None])
 
 
-@pytest.mark.parametrize("n", [40, 43, 33, 8])
+@pytest.mark.parametrize("n", [40, 43, 33, 8, 1])
 def test_ranks_share_a_stream_and_end_together(n):
     world = 2
-    ranks, found = Ranks(world), {}
-
-    def read(rank):
-        data = opened(Silent(n), world=world, rank=rank, micro_batch=2, agree=ranks.of(rank))
-        found[rank] = list(data.epoch(0))
-
-    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world)]
-    for item in threads:
-        item.start()
-    for item in threads:
-        item.join(20)
-    one, two = found[0], found[1]
+    one, two = ranked(
+        world, lambda rank, agree: list(opened(Silent(n), world=world, rank=rank, micro_batch=2, agree=agree).epoch(0))
+    )
     assert len(one) == len(two)
     assert sorted(row[0] for row in rows(one) + rows(two)) == list(range(n))
     for first, second in zip(one, two, strict=True):
@@ -169,8 +198,82 @@ def test_ranks_share_a_stream_and_end_together(n):
         assert mean == pytest.approx(sum(values) / len(values)) and first.samples == second.samples == len(values)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize(("world", "micro"), [(2, 1), (2, 2), (2, 4), (4, 2), (4, 1)])
+def test_ranks_stopped_after_any_batch_go_on_with_each_sample_once(world, micro, stateful, monkeypatch):
+    if stateful:
+        pytest.importorskip("torchdata.stateful_dataloader")
+    else:
+        monkeypatch.setattr("upshift._optional.available", lambda name: False)
+
+    def begun(rank, agree):
+        data = opened(Silent(43), world=world, rank=rank, micro_batch=micro, agree=agree)
+        passing = data.epoch(0)
+        return rows([next(passing) for _ in range(done)]), data.state_dict()
+
+    def goes_on(rank, agree):
+        data = opened(Silent(43), world=world, rank=rank, micro_batch=micro, agree=agree)
+        data.load_state_dict(before[rank][1])
+        return rows(data.epoch(0, 8 * done))
+
+    for done in (1, 2, 5):
+        before = ranked(world, begun)
+        assert all(state["number"] == before[0][1]["number"] for _, state in before)
+        after = ranked(world, goes_on)
+        assert sorted(row[0] for part in before for row in part[0]) == list(range(8 * done))
+        assert sorted(row[0] for part in after for row in part) == list(range(8 * done, 43))
+
+
+@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2), (4, 2)])
+def test_another_number_of_ranks_goes_on_by_the_number_of_samples(then, now):
+    def begun(rank, agree):
+        data = opened(Silent(43), world=then, rank=rank, micro_batch=None, agree=agree)
+        passing = data.epoch(0)
+        for _ in range(3):
+            next(passing)
+        return data.state_dict()
+
+    def goes_on(rank, agree):
+        data = opened(Silent(43), world=now, rank=rank, micro_batch=None, agree=agree)
+        data.load_state_dict(state)
+        return rows(data.epoch(0, 24))
+
+    state = ranked(then, begun)[0]
+    assert sorted(row[0] for part in ranked(now, goes_on) for row in part) == list(range(24, 43))
+
+
+class Sharded(IterableDataset):
+    """Shards itself, and not evenly: the first rank has the fewest."""
+
+    def __init__(self, rank, n):
+        self.rank, self.n = rank, n
+
+    def __iter__(self):
+        return iter(torch.arange(self.n, dtype=torch.float32)[:, None] + 1000.0 * self.rank)
+
+
+def test_ranks_with_shards_of_their_own_go_on_each_at_its_place():
+    lengths = (9, 30)
+
+    def begun(rank, agree):
+        data = opened(Sharded(rank, lengths[rank]), world=2, rank=rank, micro_batch=2, agree=agree, sharded=True)
+        passing = data.epoch(0)
+        batches = [next(passing) for _ in range(4)]
+        return rows(batches), data.state_dict(), sum(batch.samples for batch in batches)
+
+    def goes_on(rank, agree):
+        data = opened(Sharded(rank, lengths[rank]), world=2, rank=rank, micro_batch=2, agree=agree, sharded=True)
+        data.load_state_dict(before[rank][1])
+        return rows(data.epoch(0, before[rank][2]))
+
+    before = ranked(2, begun)
+    after = ranked(2, goes_on)
+    everything = sorted(row[0] for part in (*(item[0] for item in before), *after) for row in part)
+    assert everything == [*map(float, range(9)), *(1000.0 + i for i in range(30))]
+
+
 def test_a_rank_without_any_samples_is_told():
-    data = opened(Silent(2), world=2, rank=1, micro_batch=2, agree=lambda values: [values[0] + 2.0])
+    data = opened(Silent(0), world=2, rank=1, micro_batch=2, agree=lambda values: [values[0] + 2.0], sharded=True)
     with pytest.raises(DataError, match="the stream of rank 1 is empty"):
         list(data.epoch(0))
 

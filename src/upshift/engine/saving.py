@@ -56,6 +56,8 @@ class Saving:
         self._keeps_best = parts.job.stop_early is not None or parts.job.target is not None
         self._memory: tuple[Any, dict[str, Shard]] | None = None
         self._saver = Saver(store) if store is not None else None
+        self._own = ("random", "data") if parts.data.kind == "stream" else ("random",)
+        """What each rank saves for itself."""
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -102,8 +104,8 @@ class Saving:
             self._memory = owned(tree), kept
         else:
             if self.parts.group.rank and isinstance(tree, dict):
-                # What is the same on all ranks is written once.
-                tree = {"random": tree["random"]}
+                # What is the same on all ranks is written once; a rank may have its own stream.
+                tree = {name: tree[name] for name in self._own if name in tree}
             self._saver.save(step, tree, shards=shards, facts=self._facts(t), best=self._best, wait=wait)
         self._saved_step, self._best, self._evaluated = step, False, False
         stall = self._stall = time.perf_counter() - began
@@ -262,11 +264,12 @@ class Saving:
         self._saved_step = t.progress.step
 
     def _tree(self, found: Opened) -> dict[str, Any]:
-        """What rank 0 saved, with the random state of this rank; tensors are read when they are needed."""
+        """What rank 0 saved, with what this rank has for itself; tensors are read when they are needed."""
         rank = self.parts.group.rank
         tree: dict[str, Any] = found.lazily(0)
         if 0 < rank < found.manifest.world:
-            tree["random"] = found.lazily(rank)["random"]
+            own = found.lazily(rank)
+            tree.update({name: own[name] for name in self._own if name in own})
         return tree
 
     def _same_training(self, then: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,8 @@
 """Iterable datasets: a stream that is read once, in its own order.
 
-The position in a stream is kept by torchdata's `StatefulDataLoader` where it is installed: its state is taken after the
-last batch handed out, and a resumed run goes on behind it. Without it a resumed run reads the epoch from its start and
-skips what was consumed, which is exact only if the stream gives the same samples again.
+The position in a stream is kept by torchdata's `StatefulDataLoader` where it is installed and the dataset has a state,
+which is taken after the last batch handed out: a resumed run goes on behind it. Else a resumed run reads the epoch from
+its start and skips what was consumed, which is exact only if the stream gives the same samples again.
 
 Where the training process itself reads, every micro-batch is read under a seed f(seed, epoch, number) and the random
 streams are put back, as for other datasets. In worker processes a stream has to keep its own random state.
@@ -73,8 +73,11 @@ class StreamData(Data):
         while shape.share % pieces:
             pieces += 1
         self._pieces = pieces
+        self._dealt = [shape.world, self._stride, shape.share // pieces]
+        """What a place in the stream is counted by."""
         self._pass = 0
         self._place = (0, 0, 0)
+        self._ended = False
         self._restored: dict[str, Any] | None = None
         self.stateful = _optional.available("torchdata.stateful_dataloader")
         self.loader = self._build(shape.share // pieces, collate, dict(loader or {}), on_args)
@@ -111,10 +114,13 @@ class StreamData(Data):
         shape = self.shape
         if not shape.training:
             return
-        if not self.stateful:
+        known = callable(getattr(self._dataset, "state_dict", None))
+        if not (self.stateful and known):
+            what = "torchdata" if known else "state_dict"
+            mend = "pip install 'upshift[data]'" if known else "give it state_dict and load_state_dict"
             shape.say(
-                "an iterable dataset without torchdata: a resumed run reads the epoch again and skips what it has "
-                "trained on, which is exact only if the stream repeats itself (pip install 'upshift[data]')"
+                f"an iterable dataset without {what}: a resumed run reads the epoch again and skips what it has "
+                f"trained on, which is exact only if the stream repeats itself ({mend})"
             )
         if shape.world > 1 and not sharded:
             shape.say(
@@ -137,9 +143,11 @@ class StreamData(Data):
         stand_in: Part | None = None
         while True:
             found: list[Any] = []
-            while len(found) < self._pieces:
+            # To the end of the global batch also where this rank has its share, so that all are at one place after it.
+            for _ in range(self._pieces * self._stride):
                 batch = self._read(source, epoch, number)
                 if batch is _END:
+                    self._ended = True
                     break
                 if self._stride == 1 or number % self._stride == shape.rank:
                     found.append(batch)
@@ -153,6 +161,7 @@ class StreamData(Data):
                 for batch, count in zip(found, counts, strict=True)
             ]
             if not parts:
+                stand_in = stand_in or self._stand_in(epoch)
                 if stand_in is None:
                     raise DataError(
                         f"the stream of rank {shape.rank} is empty while others have samples.",
@@ -171,6 +180,13 @@ class StreamData(Data):
         if not cursor:
             raise EmptyDataError("the data has no samples.", remedy="Look at the path and the filter of the dataset.")
 
+    def _stand_in(self, epoch: int) -> Part | None:
+        """The beginning of the stream again, for a rank that was resumed at its end and has to run along."""
+        import torch
+
+        batch = self._read(self._begun(epoch, 0), epoch, 0)
+        return None if batch is _END else Part(moved(batch, self.shape.device), 0.0, torch.arange(0), 0)
+
     def _open(self, epoch: int, cursor: int) -> tuple[int, Any]:
         """An iterator over what is left, and the number of the next micro-batch in the stream."""
         told = getattr(self._dataset, "set_epoch", None)
@@ -180,7 +196,13 @@ class StreamData(Data):
         known, self._restored = self._restored, None
         if known is not None and (known["epoch"], known["cursor"]) != (epoch, cursor):
             known = None
-        if known is not None and known["loader"] is not None:
+        if known is not None and known.get("dealt", self._dealt) != self._dealt:
+            known = None  # counted in other micro-batches: the number of samples says where to go on
+        self._ended = known is not None and bool(known.get("ended"))
+        if known is not None and self._ended:
+            # Other ranks still have samples. A loader whose state is that of its end would begin anew.
+            number, source = int(known["number"]), iter(())
+        elif known is not None and known["loader"] is not None:
             self.loader.load_state_dict(known["loader"])
             number, source = int(known["number"]), self._begun(epoch, int(known["number"]))
         else:
@@ -243,8 +265,22 @@ class StreamData(Data):
         """Epoch, cursor and the state of the loader after the last batch handed out."""
         state = {**super().state_dict(), "workers": self.loader.num_workers}
         state["epoch"], state["cursor"], state["number"] = self._place
-        state["loader"] = self.loader.state_dict() if self.stateful else None
+        state["dealt"], state["ended"] = self._dealt, self._ended
+        state["loader"] = self._loader_state()
         return state
+
+    def _loader_state(self) -> Any:
+        """The state of the loader where that says more than the number of batches; else None.
+
+        For a dataset without a state torchdata 0.11 reads on to the place and counts that twice, so that the next state
+        lies too far. Asked before the first pass it would begin one, which would draw its seed too early.
+        """
+        if not self.stateful:
+            return None
+        if not self._pass:
+            return None if self._restored is None else self._restored["loader"]
+        found = self.loader.state_dict()
+        return found if _knows_its_place(found) else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the batch after which the state was taken.
@@ -260,9 +296,19 @@ class StreamData(Data):
                 remedy=f"Resume with num_workers={before}, or begin with the next epoch.",
             )
         self._restored = {**state, "loader": state["loader"] if self.stateful else None}
+        self._place, self._ended = (state["epoch"], state["cursor"], state["number"]), bool(state.get("ended"))
 
     def close(self) -> None:
         """End worker processes."""
         self._pass += 1
         if self.loader.num_workers:
             workers.end(self.loader, None)
+
+
+def _knows_its_place(state: Any) -> bool:
+    """Whether the state of a loader holds one of the dataset or of its iterator, in this process or in workers."""
+    if not isinstance(state, dict):
+        return False
+    if any(state.get(key) is not None for key in ("dataset_state", "dataset_iter_state")):
+        return True
+    return any(_knows_its_place(inner) for inner in state.values())
