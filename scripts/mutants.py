@@ -49,6 +49,7 @@ RESUME = "tests/engine/test_job_resume.py"
 STORE = "tests/checkpoint/test_store.py"
 CRASHES = "tests/checkpoint/test_crashes.py"
 LONG = "tests/engine/test_long_updates.py"
+MATRIX = "tests/engine/test_resume_matrix.py"
 SPIKES = "tests/engine/test_spikes_saved.py"
 
 MUTANTS = (
@@ -159,12 +160,17 @@ MUTANTS = (
     Mutant("engine/saving.py", '            set_random_state(tree["random"])\n', "            pass\n",
            f"{RESUME}::test_it_goes_on_bitwise"),
     Mutant("engine/saving.py", '        parts.data.load_state_dict(tree["data"])\n', "",
-           "tests/engine/test_resume_matrix.py"),
+           f"{MATRIX}::test_a_stream_that_knows_its_place_is_not_read_twice"),
+    Mutant("engine/saving.py", "for name, items in parts.stage.states().items() if any(items)",
+           "for name, items in ()", f"{MATRIX}::test_stopped_twice_and_bitwise_the_same[ema]"),
+    Mutant("engine/streams.py", "return found if _knows_its_place(found) else None", "return found",
+           "tests/engine/test_data_streams.py::test_stopped_again_and_again_each_sample_comes_once"),
+    Mutant("engine/streams.py", "for _ in range(self._pieces * self._stride):", "while len(found) < self._pieces:",
+           "tests/engine/test_data_streams.py::test_ranks_stopped_after_any_batch_go_on_with_each_sample_once"),
     Mutant("engine/saving.py", '        t.results.load_state_dict(tree["results"])\n', "", RESUME),
     Mutant("engine/saving.py", "        if differ:\n", "        if False:\n",
            f"{RESUME}::test_another_training_is_told_by_what_differs"),
-    Mutant("engine/boundary.py", "note.step != step or ", "", LONG),
-    Mutant("engine/saving.py", "if saver.busy or note.changed:", "if saver.busy:",
+    Mutant("engine/note.py", "return self._versions != [item._version for item in self._referred]", "return False",
            f"{LONG}::test_a_forward_pass_that_changes_parameters_is_not_taken_for_a_boundary"),
     # Checkpoints
     Mutant("checkpoint/store.py", "        self._disk.sync_folder(temporary)\n        self._lock.check()\n",

@@ -30,7 +30,7 @@ from upshift.engine.run import train_job
 from upshift.engine.settings import Execution
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_jobs import Streamed, augmented, full
+from tiny_jobs import Streamed, X, Y, augmented, full
 
 #: Two epochs of seven updates, with everything that has a state, and with nothing that need not be there.
 STEPS = 14
@@ -46,6 +46,13 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "bf16": {"bf16": {"ops": "all"}},
     # A scale that is found to be too large at first, and grows again while it is trained.
     "fp16": {"fp16": {"scale": START, "interval": 2}},
+}
+
+#: Others with a state, or with code of their own.
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "ema": {"ema": {"decay": 0.9}},
+    "compiled": {"compile": {"dynamic": "no"}},
+    "compiled for any shape": {"compile": {"dynamic": "yes"}},
 }
 
 
@@ -78,7 +85,7 @@ class Case:
     def execution(self, out: Path, **more: Any) -> Execution:
         """How, into the folder `out`."""
         return Execution(
-            out=out, plan=PLANS[self.precision], micro_batch=self.micro, device="cpu", signals=False,
+            out=out, plan=(PLANS | OTHERS)[self.precision], micro_batch=self.micro, device="cpu", signals=False,
             loader={"num_workers": self.workers} if self.workers else {}, parallel=self.parallel, **more,
         )  # fmt: skip
 
@@ -125,7 +132,10 @@ CASES = [
     for precision, micro, (draws, workers), bare in product(
         PLANS, (None, 13), ((False, 0), (True, 0), (True, 2)), (False, True)
     )
-] + [Case(precision, micro, stream=True) for precision, micro in product(PLANS, (None, 12))]
+] + [
+    *(Case(precision, micro, stream=True) for precision, micro in product(PLANS, (None, 12))),
+    *(Case(other, micro) for other, micro in product(OTHERS, (None, 13))),
+]
 
 #: Those of every run of the tests: each pair of what was chosen is in one of them, but for loader processes.
 FIRST = [
@@ -136,6 +146,7 @@ FIRST = [
     Case("fp16"),
     Case("fp32", bare=True),
     Case("fp32", 12, stream=True),
+    Case("ema"),
 ]
 
 
@@ -155,7 +166,7 @@ def test_stopped_twice_and_bitwise_the_same(case, tmp_path):
 @pytest.mark.extra
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=st.sampled_from([case for case in CASES if not case.workers]),
+    case=st.sampled_from([case for case in CASES if not case.workers and case.precision in PLANS]),
     stops=st.lists(st.integers(0, STEPS - 1), min_size=1, max_size=4),
     every=st.integers(1, STEPS),
 )
@@ -169,6 +180,35 @@ def test_any_execution_stopped_anywhere(case, stops, every, tmp_path_factory):
     assert trained(case, folder / "run", log)
     assert differences(final(folder / "whole"), final(folder / "run")) == []
     assert log == whole
+
+
+class Placed(torch.utils.data.IterableDataset[Any]):
+    """A stream that knows its place, and tells what was read of it."""
+
+    def __init__(self, read: list[int]) -> None:
+        self.place, self.read = 0, read
+
+    def __iter__(self) -> Any:
+        for place in range(self.place, 320):
+            self.place = place + 1
+            self.read.append(place)
+            yield X[place], Y[place]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def test_a_stream_that_knows_its_place_is_not_read_twice(tmp_path):
+    pytest.importorskip("torchdata.stateful_dataloader")
+    read: list[int] = []
+    for stop in (4, STEPS):
+        job = NOTHING.set(train_data=Placed(read), epochs=None, steps=STEPS)
+        train_job(job, Execution(out=tmp_path, device="cpu", signals=False, stop_at=stop))
+    assert read == [*range(320), *range(320)]
 
 
 def test_the_scale_of_fp16_moves_in_these_trainings(tmp_path):

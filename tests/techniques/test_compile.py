@@ -369,6 +369,11 @@ def test_the_verdict_follows_what_was_seen():
         assert not technique.check(measured(**changes)).applies
 
 
+def test_code_that_depends_on_the_order_of_shapes_is_told_to_who_resumes():
+    assert "up to rounding" in offer(made()).inexact
+    assert {offer(made(), dynamic=how).inexact for how in ("no", "yes")} == {""}
+
+
 def test_cuda_graphs_are_not_recorded_per_block():
     assert "region" in regional_refusal([[Block(), Block()]], "reduce-overhead")
     assert not regional_refusal([[Block(), Block()]], "default")

@@ -196,9 +196,8 @@ class Saving:
         """All that a resumed run needs, as this rank holds it: live tensors, sharded ones as DTensor."""
         parts, progress = self.parts, t.progress
         tree: dict[str, Any] = {"random": random_state()}
-        techniques = {
-            name: found for name, items in parts.stage.states().items() if (found := [item for item in items if item])
-        }
+        # Also the empty ones among them: the order tells which part of a technique a state belongs to.
+        techniques = {name: items for name, items in parts.stage.states().items() if any(items)}
         return tree | {
             "model": model_state(parts.wrapped),
             "optimizer": optimizer_state(parts.wrapped, parts.optimizer),

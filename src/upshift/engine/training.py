@@ -202,6 +202,9 @@ class Training:
     def _first_forward(self, batch: Any) -> tuple[Any, Any]:
         """Let the techniques act on the model that is about to be called for the first time."""
         self.parts.model_seen(batch)
+        if self.progress.step:
+            for name, why in self.parts.stage.inexact().items():
+                self.say("resume", f"{name}: {why}")
         self.forward = self.parts.make_forward()
         self.scaling = self.parts.stage.backward()
         return firstbatch.forward(self.forward, batch)

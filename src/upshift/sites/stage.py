@@ -200,6 +200,13 @@ class Stage:
                     found[name] = str(text)
         return found
 
+    def inexact(self) -> dict[str, str]:
+        """Technique -> why a run that is stopped and resumed with it does not end in the very same bits."""
+        return {
+            name: str(text) for name, items in self._applied.items() for item in items
+            if (text := getattr(item, "inexact", ""))
+        }  # fmt: skip
+
     def states(self) -> dict[str, list[dict[str, Any]]]:
         """What a resumed run needs of every technique, in the order in which its parts were applied."""
         return {name: [item.state_dict() for item in items] for name, items in self._applied.items()}

@@ -104,6 +104,8 @@ class CompileApplied(BaseApplied):
     `one_off_seconds` the time compilation took; all three are those of the process since this module was compiled.
     """
 
+    inexact = ""
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -136,6 +138,12 @@ class CompileApplied(BaseApplied):
                 self._place(block, functools.partial(shared, block))
         self._hooks = hooks_of(self._modules())
         self._handles = torch.utils.hooks.RemovableHandle.next_id
+        if dynamic is None:
+            # What code there is depends on which shapes came first.
+            self.inexact = (
+                "it compiles for shapes as they turn out (dynamic=auto), in another order after a stop: the run goes "
+                "on up to rounding; with dynamic=no or yes bit for bit"
+            )
         self.note = f"{type(module).__name__} compiled in place ({mode}"
         self.note += ", dropout as without compilation)" if eager_random else ")"
         if groups:

@@ -157,6 +157,19 @@ class _Average(BaseApplied):
         means = self._tensors if self._swapped else self._means
         return {"averaged": self._averaged, "average": [item.detach().clone() for item in means]}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an average that `state_dict` returned; one of other weights is left alone, and begins anew."""
+        from torch import no_grad
+
+        self.swap(False)
+        found = state["average"]
+        if [item.shape for item in found] != [item.shape for item in self._means]:
+            return
+        with no_grad():
+            for mean, item in zip(self._means, found, strict=True):
+                mean.copy_(item)
+        self._averaged, self._written = int(state["averaged"]), self._versions()
+
     def switch(self, on: bool) -> None:
         if not on:
             self.swap(False)
