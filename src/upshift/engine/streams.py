@@ -202,7 +202,7 @@ class StreamData(Data):
         if known is not None and self._ended:
             # Other ranks still have samples. A loader whose state is that of its end would begin anew.
             number, source = int(known["number"]), iter(())
-        elif known is not None and known["loader"] is not None:
+        elif known is not None and _knows_its_place(known["loader"]):
             self.loader.load_state_dict(known["loader"])
             number, source = int(known["number"]), self._begun(epoch, int(known["number"]))
         else:
@@ -277,8 +277,10 @@ class StreamData(Data):
         """
         if not self.stateful:
             return None
+        if self._restored is not None:
+            return self._restored["loader"]
         if not self._pass:
-            return None if self._restored is None else self._restored["loader"]
+            return None
         found = self.loader.state_dict()
         return found if _knows_its_place(found) else None
 
