@@ -201,6 +201,7 @@ def test_a_signal_ends_in_a_durable_checkpoint(number, workers, tmp_path):
     _, said = process.communicate(timeout=30)
     # Said before the grace was over: the guard of the grace would have ended it without a word.
     assert process.returncode == (143 if number == signal.SIGTERM else 130), said
+    assert "Exception" not in said
     stopped = int(re.search(r"stopped after step ([\d,]+)", said)[1].replace(",", ""))
     newest = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*"))
     assert newest == stopped

@@ -12,6 +12,7 @@ update. Where that cannot be done it ends a second before the grace is over, wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,6 +95,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
         self._wake_read, self._wake_write, self._wake_before = -1, -1, -1
+        self._unread: list[int] = []
+        """The other end of the pipe, once nobody reads it any more."""
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -126,6 +129,11 @@ class StopRequest:
         descriptor, self._wake_write = self._wake_write, -1
         if descriptor >= 0:
             os.close(descriptor)
+        self._close_unread()
+
+    def _close_unread(self) -> None:
+        with contextlib.suppress(IndexError):  # the other thread was first
+            os.close(self._unread.pop())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._counts[number] = self._counts.get(number, 0) + 1
@@ -174,17 +182,21 @@ class StopRequest:
             while not self._pressing:
                 numbers = os.read(descriptor, 64)
                 if not numbers:
-                    return
+                    break
                 for number in numbers:
                     if number in ASKING and signal.getsignal(number) == self._handle:
                         self._signalled(number)
                 if forward >= 0:
                     os.write(forward, bytes(number for number in numbers if number != _INSIDE))
         except OSError:
-            return
+            pass
         finally:
-            os.close(descriptor)
-        self._guard()
+            self._unread.append(descriptor)
+            # While signals go into the pipe its end stays open: Python would complain of each on standard error.
+            if not self._pressing or self._wake_write < 0:
+                self._close_unread()
+        if self._pressing:
+            self._guard()
 
     def _guard(self) -> None:
         import psutil  # noqa: F401  (not at the last moment)
