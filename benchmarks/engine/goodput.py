@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from cli_runs import ROOT, Record, kill, records, said, start, stop
+from tables import publish
 
 from upshift import Job
 from upshift.checkpoint.compare import differences
@@ -231,10 +232,7 @@ def main() -> None:
                 raise SystemExit("it does not come to its end: a longer --interval gives it more time between kills")
         problems = differences(final(folder / "alone"), final(out))
         text = report(given.interval, steps, without, alone, attempts, kept, problems)
-    print(text)
-    if given.into:
-        with open(given.into, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    publish(text, given.into)
 
 
 def report(interval: float, steps: int, without: Parts, alone: Attempt, attempts: list[Attempt], kept: list[int],

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tables import publish
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "engine"))
@@ -64,10 +66,7 @@ def main() -> None:
         everything.add(item)
     lines.append(_row("**all**", everything))
     text = "\n".join([*lines, *everything.notes])
-    print(text)
-    if options.into:
-        with open(options.into, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    publish(text, options.into)
 
 
 def _row(name: str, item: object) -> str:

@@ -38,6 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from frameworks import OTHERS, PACKAGES, accept_torchvision
 from loop_task import BATCH, SAMPLES, Clock, X, Y, loader, model, optimizer
+from tables import publish
 
 from upshift import Job
 from upshift.engine.run import train_job
@@ -162,10 +163,7 @@ def main() -> None:
             times[name].append(clock.microseconds)
         print(f"{time.strftime('%H:%M:%S')} round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     text = table(times, left_out, options.steps)
-    print(text)
-    if options.into:
-        with open(options.into, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    publish(text, options.into)
 
 
 def table(times: dict[str, list[float]], left_out: dict[str, str], steps: int) -> str:

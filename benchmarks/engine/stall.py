@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cli_runs import ROOT, Record, bounds, train_for
+from tables import publish
 
 from upshift import Job
 from upshift.units import seconds as in_words
@@ -168,10 +169,7 @@ def main() -> None:
             *whole_rows,
         ]
     text = "\n".join(lines)
-    print(text)
-    if options.into:
-        with open(options.into, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    publish(text, options.into)
 
 
 if __name__ == "__main__":

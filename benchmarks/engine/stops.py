@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import publish
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "engine"))
@@ -113,10 +115,7 @@ def main() -> None:
             print(f"{time.strftime('%H:%M:%S')} {name} {number + 1}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
         lines.append(f"| {name} | {len(times)} | {good} | {statistics.median(times):.2f} | {max(times):.2f} |")
     text = "\n".join(lines)
-    print(text)
-    if options.into:
-        with open(options.into, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    publish(text, options.into)
 
 
 if __name__ == "__main__":
